@@ -1,0 +1,562 @@
+"""GSIL, generalized self-imitation learning (arXiv 2410.10093), in one file.
+
+Aligns a language model from demonstrations alone. Each round the model answers the demonstrations' prompts
+itself, then learns to tell the two kinds of answer apart by its own log-ratio: it moves towards what the
+demonstrators do and away from what only the model does. For a prompt x, a real response y+ and a generated
+one y- ~ pi_t(.|x), pi_t being the policy at the start of round t:
+
+    d(y) = log pi(y|x) - log pi_t(y|x)      summed over the response's tokens
+    h(y) = scale * d(y) + shift             the official code's alpha and beta; this beta is not DPO's
+    minimise loss(h(y+), h(y-))             logistic, hinge, brier, kliep, lsif or spin: see LOSSES
+
+At its optimum a round reaches pi_t (p/pi_t)^(1/scale) / Z, where p is how the demonstrators write: scale 1
+imitates them, scale < 1 goes past them. Differs from the official code, so that real and generated cannot be
+told apart by format: ids stay as sampled, one prompt to sample and to train, EOS only where it was sampled;
+so that no second model is in memory: log pi_t is computed once, before the round's first step; so that the
+negatives are the model's own: sampled at temperature 1, not greedily; and the shift can be learned.
+
+    python gsil.py                                      # the built-in toy, about a minute on two CPU cores
+    python gsil.py --model M --data train.jsonl --heldout test.jsonl --lr 1e-5 --scale 0.1     # your own
+"""
+import argparse
+import itertools
+import json
+import math
+import os
+import random
+import re
+import shutil
+import sys
+import time
+from pathlib import Path
+from statistics import fmean
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, get_scheduler
+from transformers.utils import logging as hf_logging
+
+TOY = Path(__file__).parent / "tests" / "toy"
+
+
+def parse_args(argv=None):
+    """Flags -> Namespace; the defaults suit the built-in toy and were chosen on its dev problems."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    flag = parser.add_argument
+    # data: what is imitated, and what is checked
+    flag("--model", default=str(TOY / "base"), help="the start policy: folder or Hub name")
+    flag("--data", default=str(TOY / "demos.jsonl"), help=".jsonl .json .csv .parquet or Hub name")
+    flag("--split", default="train", help="split of a Hub dataset")
+    flag("--dev", help="problems to choose the best round by; checkable answers end in '#### value'")
+    flag("--heldout", help="problems for the table, in the same form")
+    flag("--prompt-template", help="text with {prompt}, instead of the chat template")
+    flag("--max-new-tokens", type=number(int, 1), default=256, help="of any response, real or generated")
+    # the method
+    flag("--loss", choices=[*LOSSES, "sft"], default="logistic", help="sft: cross-entropy, no samples")
+    flag("--scale", type=number(float, above=0), default=0.3, help="1 imitates, smaller goes further past")
+    flag("--shift", type=number(float, word="learn"), help="added to h, official: 2; default: learn it")
+    flag("--rounds", type=number(int, 0), default=1, help="each samples afresh; 0 only evaluates")
+    flag("--epochs", type=number(int, 1), default=2, help="passes over the pairs in a round")
+    flag("--samples-per-prompt", type=number(int, 1), default=1, help="pairs per demonstration")
+    flag("--temperature", type=number(float, 0), default=1.0, help="of generated responses; 0: greedy")
+    flag("--baseline", choices=["sft", "none"], default="sft", help="SFT, same start, at least our compute")
+    # the optimizer
+    flag("--optimizer", choices=["adamw", "rmsprop"], default="adamw", help="official: rmsprop")
+    flag("--lr", type=number(float, above=0), default=2e-4, help="peak learning rate; official for 7B: 5e-7")
+    flag("--shift-lr", type=number(float, above=0), default=0.02, help="the same for a learned shift")
+    flag("--warmup", type=number(float, 0), default=0, help="steps, or below 1 a share of the round's steps")
+    flag("--decay", choices=["linear", "cosine", "constant_with_warmup"], default="linear", help="of lr")
+    flag("--batch", type=number(int, 1), default=32, help="pairs per step")
+    flag("--micro-batch", type=number(int, 1), help="pairs per forward pass: less memory, same gradient")
+    flag("--clip", type=number(float, above=0), default=1.0, help="largest gradient norm")
+    flag("--seed", type=number(int, 0), default=0, help="of the samples and the order of pairs")
+    # the run
+    flag("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto", help="auto: the first there is")
+    flag("--sample-batch", type=number(int, 1), default=256, help="prompts sampled, or scored, at a time")
+    flag("--out", help="folder for the results; default: the next free runs/gsil-LOSS-N")
+    flag("--resume", metavar="DIR", help="continue that run by its own flags; --rounds may be raised")
+    return complete(parser.parse_args(argv), parser)
+
+
+# ---- 1. Sample: what would the model answer itself? --------------------------------------------------------
+
+@torch.no_grad()
+def sample(model, prompts, eos_ids, max_new_tokens, temperature, batch, seed):
+    """Responses y ~ pi(.|x), the model's plain softmax: a top-k, top-p or penalty it ships is not used.
+
+    prompts: lists of token ids. Returns such lists in the same order; a response ends in one of eos_ids if
+    and only if that was sampled, else it has max_new_tokens ids. temperature 0 is greedy. seed: any string.
+    """
+    responses = [[] for _ in prompts]
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))          # similar lengths together
+    for n, rows in enumerate(tqdm(chunks(order, batch), desc="sampling", leave=False, disable=None)):
+        generator = torch.Generator(model.device).manual_seed(random.Random(f"{seed} {n}").getrandbits(60))
+        ids, mask = collate([([], prompts[i]) for i in rows], model.device, "left")             # (B, P) each
+        cache = None
+        for _ in range(max_new_tokens):
+            positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1]:]    # pads do not count
+            with autocast(model):
+                out = model(input_ids=ids, attention_mask=mask, position_ids=positions,
+                            past_key_values=cache, use_cache=True, logits_to_keep=1)
+            cache, logits = out.past_key_values, out.logits[:, -1].float()      # (B, V)
+            tokens = logits.argmax(-1) if temperature == 0 else torch.multinomial(
+                (logits / temperature).softmax(-1), 1, generator=generator)[:, 0]               # (B,)
+            for i, token in zip(rows, tokens.tolist()):
+                responses[i].append(token)
+            alive = [k for k, i in enumerate(rows) if responses[i][-1] not in eos_ids]
+            if not alive:
+                break
+            if len(alive) < len(rows):                                          # finished rows cost no more
+                keep = torch.tensor(alive, device=model.device)
+                cache.batch_select_indices(keep)
+                rows, tokens, mask = [rows[k] for k in alive], tokens[keep], mask[keep]
+            ids = tokens[:, None]                                               # (B, 1): the cache has more
+            mask = F.pad(mask, (0, 1), value=True)
+    return responses
+
+
+# ---- 2. Log-probs: how likely does a model find a response? ------------------------------------------------
+
+def response_logps(model, pairs):
+    """log pi(y|x) in nats, summed over the response's tokens: [(prompt ids, response ids)] -> (B,) float32.
+
+    Padding is on the right and attention is causal: no token sees the pads behind it, no mask is needed.
+    """
+    ids, mask = collate(pairs, model.device)                            # (B, T), mask is True at responses
+    width = ids.shape[1] - min(len(prompt) for prompt, _ in pairs)      # R: only there are responses,
+    with autocast(model):                                               # so lm_head runs only there
+        logits = model(input_ids=ids, use_cache=False, logits_to_keep=width + 1).logits[:, :-1]    # (B, R, V)
+    ids, mask = ids[:, -width:], mask[:, -width:]                       # (B, R): logits at t predict t + 1
+    logps = -F.cross_entropy(logits.float().flatten(0, 1), ids.flatten(), reduction="none").view_as(ids)
+    return torch.where(mask, logps, 0.0).sum(-1)                        # (B,)
+
+
+# ---- 3. Losses: real or generated? -------------------------------------------------------------------------
+
+H_MAX = 5.0     # a probability ratio of e^5 = 148: beyond it, exponentials give way to something finite
+
+
+def tangent_exp(h, limit=H_MAX):
+    """exp(h) up to `limit`, its tangent beyond: smooth, convex, finite; the push never fades. Any shape."""
+    return torch.exp(h.clamp(max=limit)) * (1 + F.relu(h - limit))
+
+
+# (h_real, h_generated) -> loss per pair, all (B,). h+ is h_real, h- is h_generated, s the sigmoid; "optimum"
+# is the h that minimises the expected loss, p being the demonstrators. spin is arXiv 2401.01335, a baseline.
+LOSSES = {
+    # -log s(h+) - log s(-h-)           optimum log p/pi_t (the official code calls it Bernoulli)
+    "logistic": lambda h_real, h_generated: -F.logsigmoid(h_real) - F.logsigmoid(-h_generated),
+    # max(0, 1 - h+) + max(0, 1 + h-)   optimum sign(p - pi_t): which of the two is likelier, not by how much
+    "hinge": lambda h_real, h_generated: F.relu(1 - h_real) + F.relu(1 + h_generated),
+    # (s(h+) - 1)^2 + s(h-)^2           optimum log p/pi_t
+    "brier": lambda h_real, h_generated: (torch.sigmoid(h_real) - 1) ** 2 + torch.sigmoid(h_generated) ** 2,
+    # -h+ + exp(h-)                     optimum log p/pi_t; at scale 1 the expected loss is SFT's + constant
+    "kliep": lambda h_real, h_generated: -h_real + tangent_exp(h_generated),
+    # -exp(h+) + exp(2 h-) / 2          optimum log p/pi_t; held beyond H_MAX, else it could fall for ever
+    "lsif": lambda h_real, h_generated:
+        -torch.exp(h_real.clamp(max=H_MAX)) + 0.5 * tangent_exp(2 * h_generated, 2 * H_MAX),
+    # -log s(h+ - h-)                   optimum log p/pi_t + any constant of the prompt
+    "spin": lambda h_real, h_generated: -F.logsigmoid(h_real - h_generated),
+}
+
+
+# ---- 4. One round ------------------------------------------------------------------------------------------
+
+def self_play(policy, run, args, name):
+    """The pairs of a round: each demonstration beside fresh responses of the policy; log pi_t of both."""
+    pairs = [dict(demo) for demo in run.demos for _ in range(args.samples_per_prompt)]
+    responses = sample(policy, [pair["prompt_ids"] for pair in pairs], run.eos_ids, args.max_new_tokens,
+                       args.temperature, args.sample_batch, f"{args.seed} {name}")          # y- ~ pi_t(.|x)
+    for pair, ids in zip(pairs, responses):
+        pair |= {"generated": run.tokenizer.decode(ids), "generated_ids": ids}
+    for side in ("real", "generated"):      # the reference: once, by the policy itself, without gradient
+        for pair, logp in zip(pairs, score(policy, pairs, side, args.sample_batch)):
+            pair[f"{side}_reference"] = logp
+    return pairs
+
+
+def pair_losses(model, pairs, loss, scale, shift):
+    """Losses and log-ratios d of real and of generated responses, (B,) each; sft: -log pi, log pi, empty."""
+    sides = ("real",) if loss == "sft" else ("real", "generated")
+    both = [(pair["prompt_ids"], pair[f"{side}_ids"]) for side in sides for pair in pairs]
+    logps = response_logps(model, both)                                                    # (2B,); sft: (B,)
+    if loss == "sft":
+        return -logps, logps, logps[:0]
+    reference = [pair[f"{side}_reference"] for side in sides for pair in pairs]
+    d_real, d_generated = (logps - torch.tensor(reference, device=model.device)).chunk(2)          # (B,) each
+    return LOSSES[loss](scale * d_real + shift, scale * d_generated + shift), d_real, d_generated
+
+
+def train_round(model, pairs, loss, epochs, args, name):
+    """Train the policy in place, every pair once an epoch; yields metrics every 16 steps and each epoch."""
+    model.eval()                            # no dropout: log-ratios must be 0 before the first step
+    learned = args.shift == "learn"
+    shift = torch.tensor(0.0 if learned else args.shift, device=model.device, requires_grad=learned)
+    groups = [{"params": list(model.parameters())}] + [{"params": [shift], "lr": args.shift_lr}] * learned
+    make = {"adamw": torch.optim.AdamW, "rmsprop": torch.optim.RMSprop}[args.optimizer]
+    optimizer = make(groups, lr=args.lr, weight_decay=0)
+    steps, step, seconds = epochs * math.ceil(len(pairs) / args.batch), 0, 0.0
+    warmup = round(args.warmup if args.warmup >= 1 else args.warmup * steps)
+    schedule = get_scheduler(args.decay, optimizer, num_warmup_steps=warmup, num_training_steps=steps)
+    for epoch in range(1, epochs + 1):
+        order = random.Random(f"{args.seed} {name} {epoch}").sample(pairs, len(pairs))
+        for batch in chunks(order, args.batch):
+            total, real, generated, began = 0.0, [], [], time.time()
+            # the loss is a mean over pairs; for sft over tokens, as cross-entropy usually is
+            weight = sum(len(pair["real_ids"]) for pair in batch) if loss == "sft" else len(batch)
+            for part in chunks(batch, args.micro_batch or args.batch):
+                losses, d_real, d_generated = pair_losses(model, part, loss, args.scale, shift)
+                (losses.sum() / weight).backward()              # parts add up to the gradient of the batch
+                total += losses.sum().item() / weight
+                real, generated = real + d_real.tolist(), generated + d_generated.tolist()
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip).item()
+            check_step(model, name, step, total, norm, loss, shift.detach())
+            optimizer.step()
+            optimizer.zero_grad()
+            step, seconds = step + 1, seconds + time.time() - began
+            if step % 16 == 0 or step * epochs % steps == 0:
+                pairwise = {} if loss == "sft" else {"generated": fmean(generated), "shift": shift.item(),
+                                                     "accuracy": fmean(map(float.__gt__, real, generated))}
+                yield {"phase": name, "step": step, "steps": steps, "epoch": step * epochs / steps,
+                       "loss": total, "real": fmean(real), **pairwise, "grad_norm": norm,
+                       "lr": schedule.get_last_lr()[0], "seconds": seconds}
+            schedule.step()
+
+
+# ---- 5. The whole method -----------------------------------------------------------------------------------
+
+def main(args):
+    """Base, rounds, SFT baseline; returns what summary.json holds: the table's rows, the best round."""
+    run, policy = start(args)
+    evaluate(run, "base", policy)
+    for t in range(1, args.rounds + 1):
+        name, folder = f"round {t}", run.out / f"round_{t}"
+        if folder.exists():                 # a resumed run has this round behind it
+            policy = load_model(folder, run.device)
+        else:
+            pairs = run.demos
+            if args.loss != "sft":          # y- ~ pi_t and log pi_t, unless a resumed run has them
+                pairs = keep_pairs(run, t, lambda: self_play(policy, run, args, name))
+            for record in train_round(policy, pairs, args.loss, args.epochs, args, name):
+                log(run, record)
+            save_model(run, policy, folder)
+        evaluate(run, name, policy)
+    if args.baseline == "sft" and args.loss != "sft" and args.rounds:
+        sft_baseline(run, args)
+    return summarize(run)
+
+
+# ============================================================================================================
+# PLUMBING: nothing below is specific to the method. Small things, demonstrations, files, the table.
+# ============================================================================================================
+
+def die(sentence):
+    """A person's mistake: one sentence on stderr, exit code 2."""
+    print(f"error: {sentence}", file=sys.stderr)
+    raise SystemExit(2)
+
+def number(kind, low=-math.inf, above=-math.inf, word=None):
+    """argparse type: a finite int or float, >= low and > above; or this word."""
+    def parse(text):
+        value = text if text == word else kind(text)
+        if value != word and not (math.isfinite(value) and value >= low and value > above):
+            raise argparse.ArgumentTypeError(f"{text} is out of range")
+        return value
+    parse.__name__ = kind.__name__          # argparse: "invalid int value" when kind(text) fails
+    return parse
+
+def complete(args, parser):
+    """Defaults that depend on other flags; with --resume, the flags of that run."""
+    if args.resume:
+        file = Path(args.resume) / "args.json"
+        if not file.is_file():
+            parser.error(f"--resume {args.resume}: no args.json there, so it is not the folder of a run")
+        saved = json.loads(file.read_text())
+        for key, value in vars(args).items():
+            if key not in ("resume", "rounds") and value not in (saved[key], parser.get_default(key)):
+                parser.error(f"--resume: the run keeps its own flags, leave out --{key.replace('_', '-')}")
+        saved |= {"resume": args.resume, "rounds": max(args.rounds, saved["rounds"])}
+        return argparse.Namespace(**saved)
+    if args.data == parser.get_default("data"):             # the toy's problems go with its demonstrations
+        args.dev, args.heldout = args.dev or f"{TOY}/dev.jsonl", args.heldout or f"{TOY}/heldout.jsonl"
+    if args.loss in ("spin", "sft") and args.shift == "learn":
+        parser.error(f"--shift learn: a shift changes nothing in --loss {args.loss}, so it cannot be learned")
+    if args.shift is None:
+        args.shift = 0.0 if args.loss in ("spin", "sft") else "learn"
+    return args
+
+def chunks(items, size):
+    return [items[start:start + size] for start in range(0, len(items), size)]
+
+def autocast(model):
+    """bf16 matrix products over the fp32 weights on CUDA, plain fp32 elsewhere."""
+    return torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda")
+
+def collate(pairs, device, side="right"):
+    """[([5, 6], [7, 2]), ([5], [9])] -> ids [[5, 6, 7, 2], [5, 9, 0, 0]], mask [[0, 0, 1, 1], [0, 1, 0, 0]].
+
+    Both (B, T), long and bool. The mask comes from lengths: a pad id that is also EOS or a word does no harm.
+    """
+    ids = [torch.tensor(prompt + response) for prompt, response in pairs]
+    mask = [torch.tensor([False] * len(prompt) + [True] * len(response)) for prompt, response in pairs]
+    return [pad_sequence(rows, batch_first=True, padding_side=side).to(device) for rows in (ids, mask)]
+
+@torch.no_grad()
+def score(model, pairs, side, batch):
+    """log pi(y|x) of every pair's "real" or "generated" response: floats in nats, in the order of pairs."""
+    both = [(pair["prompt_ids"], pair[f"{side}_ids"]) for pair in pairs]
+    logps, order = [0.0] * len(both), sorted(range(len(both)), key=lambda i: len(both[i][0] + both[i][1]))
+    for rows in tqdm(chunks(order, batch), desc="scoring", leave=False, disable=None):
+        for i, logp in zip(rows, response_logps(model, [both[i] for i in rows]).tolist()):
+            logps[i] = logp
+    return logps
+
+def check_step(model, name, step, total, norm, loss, shift):
+    """Stop before a bad step: numbers not finite, or a first loss that is not that of policy == reference."""
+    if not math.isfinite(total + norm):
+        die(f"{name}, step {step + 1}: loss {total}, gradient {norm}; finished rounds are safe, lower --lr")
+    expected = total if loss == "sft" or step else LOSSES[loss](shift, shift).item()
+    if abs(total - expected) > (0.1 if model.device.type == "cuda" else 1e-3) * max(1, abs(expected)):
+        die(f"{name}: policy and reference disagree: first loss {total:.4f}, it should be {expected:.4f}")
+
+# Columns of the prompt and of the response; the first pair that is all there is used. Without a prompt column
+# the response is a list of messages or an HH transcript, and its last assistant turn is imitated.
+FORMATS = [("prompt", "chosen"), (None, "chosen"), ("prompt", "response"), ("prompt", "completion"),
+           ("question", "answer"), ("instruction", "output"), (None, "real"), (None, "messages"),
+           (None, "conversations")]
+ROLES = {"human": "user", "gpt": "assistant", "Human": "user", "Assistant": "assistant"}
+
+def read_rows(name, split):
+    """Yield (place, row) of a file or Hub dataset: place is what an error names, row a dict of columns."""
+    kind = Path(name).suffix[1:] if Path(name).suffix in (".jsonl", ".json", ".csv", ".parquet") else None
+    if kind and not Path(name).is_file():
+        die(f"{name}: no such file")
+    if kind == "jsonl":
+        for n, line in enumerate(Path(name).read_text(encoding="utf-8").split("\n"), 1):
+            try:
+                if line.strip():
+                    yield f"{name} line {n}", json.loads(line)
+            except json.JSONDecodeError as error:
+                die(f"{name} line {n}: not JSON ({error.msg}); a .jsonl file has one object on each line")
+        return
+    import datasets                         # slow, and a .jsonl file does not need it
+    source = {"path": kind, "data_files": name, "split": "train"} if kind else {"path": name, "split": split}
+    try:
+        rows = datasets.load_dataset(**source)
+    except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
+        die(f"{name}, split {source['split']}: {str(error).splitlines()[0]}")
+    for n, row in enumerate(rows, 1):
+        yield f"{name} row {n}", row
+
+def to_messages(place, row):
+    """A row in any of FORMATS -> messages, dicts with role and content, the last one by the assistant."""
+    columns = [pair for pair in FORMATS if isinstance(row, dict) and {*pair} - {None} <= {*row}]
+    if not columns:
+        die(f"{place}: found {', '.join(row) if isinstance(row, dict) else row!r}; accepted are the columns "
+            + "; ".join(" + ".join(filter(None, pair)) for pair in FORMATS))
+    before, after = columns[0]
+    prompt, turns = row.get(before), row[after]
+    if before == "instruction" and row.get("input"):
+        prompt = f"{prompt}\n\n{row['input']}"
+    if isinstance(turns, str) and not before:               # HH: "\n\nHuman: ...\n\nAssistant: ..."
+        parts = re.split(r"\n\n(Human|Assistant):", turns)[1:]
+        turns = [{"from": who, "value": text.strip()} for who, text in zip(parts[::2], parts[1::2])]
+    elif not isinstance(turns, list):
+        turns = [{"role": "assistant", "content": turns}]
+    turns = [{"role": ROLES.get(turn.get("from"), turn.get("role", turn.get("from"))),
+              "content": turn.get("value", turn.get("content"))} for turn in turns]
+    while turns and turns[-1]["role"] != "assistant":
+        turns.pop()
+    if before and len(turns) == 1:
+        turns = (prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]) + turns
+    if len(turns) < 2 or not all(isinstance(t["content"], str) and t["content"].strip() for t in turns):
+        die(f"{place}: {before or after} and {after} must hold a prompt and a response, both text, not empty")
+    return turns
+
+def read_demos(name, tokenizer, eos_ids, window, args):
+    """Rows -> dicts with prompt, response (text), prompt_ids, real_ids (EOS included), answer (or None)."""
+    demos = []
+    for place, row in read_rows(name, args.split):
+        turns = to_messages(place, row)
+        prompt = tokenizer.apply_chat_template(turns[:-1], tokenize=False, add_generation_prompt=True)
+        both = tokenizer.apply_chat_template(turns, tokenize=False)
+        if not both.startswith(prompt) or args.prompt_template and len(turns) > 2:
+            die(f"{place}: the template changes the prompt once it is answered, or lacks room for all turns")
+        # One string is encoded, then cut: some tokenizers treat the start of a string in a way that the model
+        # would not. Only where a token would span the cut is the response encoded alone.
+        prompt_ids, ids = (tokenizer(text, add_special_tokens=False).input_ids for text in (prompt, both))
+        if ids[:len(prompt_ids)] != prompt_ids:
+            ids = prompt_ids + tokenizer(both[len(prompt):], add_special_tokens=False).input_ids
+        real_ids = ids[len(prompt_ids):] + [tokenizer.eos_token_id]
+        end = next(i for i, token in enumerate(real_ids) if token in eos_ids)       # nothing behind EOS
+        if len(prompt_ids) + args.max_new_tokens > window:
+            die(f"{place}: {len(prompt_ids)} prompt tokens + --max-new-tokens exceed the window of {window}")
+        demos.append({"prompt": prompt, "response": turns[-1]["content"], "prompt_ids": prompt_ids,
+                      "real_ids": real_ids[:end + 1][:args.max_new_tokens],
+                      "answer": final_answer(turns[-1]["content"])})
+    cut = sum(demo["real_ids"][-1] not in eos_ids for demo in demos)
+    print(f"{name}: {len(demos)} rows" + f", {cut} cut at --max-new-tokens {args.max_new_tokens}" * (cut > 0))
+    return demos or die(f"{name}: no rows")
+
+def start(args):
+    """Device, model, data, folder; prints the header. Returns what all phases need, and the policy."""
+    hf_logging.disable_progress_bar()
+    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    device = best if args.device == "auto" else args.device
+    if device not in ("cpu", best):
+        die(f"--device {device}: PyTorch finds none here, the best is {best}")
+    policy, tokenizer = load_model(args.model, device), AutoTokenizer.from_pretrained(args.model)
+    print(f"{args.model}: {sum(p.numel() for p in policy.parameters()):,} parameters, {device} (--device "
+          f"{args.device}), fp32 weights{', bf16 autocast' if device == 'cuda' else ''}")
+    listed = policy.generation_config.eos_token_id              # an id, a list of ids or None
+    eos_ids = {tokenizer.eos_token_id, *(listed if isinstance(listed, list) else [listed])} - {None}
+    if args.prompt_template:                                    # becomes, and is saved as, the chat template
+        bos = tokenizer.bos_token if tokenizer("a").input_ids[0] == tokenizer.bos_token_id else ""
+        template = args.prompt_template.replace("{prompt}", "{{ messages[0].content }}")
+        tokenizer.chat_template = bos + template + "{{ messages[1].content if messages[1:] }}"
+    if tokenizer.eos_token_id is None or not tokenizer.chat_template:
+        die(f"--model {args.model}: the tokenizer lacks an EOS token, or a chat template: --prompt-template")
+    window = getattr(policy.config, "max_position_embeddings", None) or math.inf
+    demos, dev, heldout = [path and read_demos(path, tokenizer, eos_ids, window, args)
+                           for path in (args.data, args.dev, args.heldout)]
+    free = (Path(f"runs/gsil-{args.loss}-{n}") for n in itertools.count(1))
+    out = Path(args.resume or args.out or next(path for path in free if not path.exists()))
+    if out.exists() and any(out.iterdir()) and not args.resume:
+        die(f"--out {out} is not empty; name another folder, or continue that run with --resume {out}")
+    # A resumed run forgets what an interrupted phase has logged: it happens again. So does the SFT baseline.
+    records = [record for record in read(out / "metrics.jsonl") if record["phase"] == "base"
+               or record["phase"] != "sft" and (out / record["phase"].replace(" ", "_")).exists()]
+    write(out / "args.json", [vars(args)])
+    return SimpleNamespace(**vars(args) | {
+        "out": out, "device": device, "tokenizer": tokenizer, "eos_ids": eos_ids, "demos": demos, "dev": dev,
+        "heldout": heldout, "records": records}), policy
+
+def load_model(path, device):
+    """A causal language model with fp32 weights."""
+    try:
+        return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).to(device).eval()
+    except (OSError, ValueError) as error:
+        die(f"{path}: not a causal language model: {str(error).splitlines()[0]}")
+
+def save_model(run, policy, folder):
+    """HF format, written beside its place and moved there when complete, with the samples of the round."""
+    partial = folder.with_name(folder.name + ".partial")
+    policy.save_pretrained(partial)
+    run.tokenizer.save_pretrained(partial)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(partial, folder)
+
+def write(path, rows):
+    """One JSON object a line; the file is there whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    os.replace(partial, path)
+
+def read(path):
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
+    return [json.loads(line) for line in lines]
+
+def keep_pairs(run, t, make):
+    """The pairs of round t from its file if a resumed run has it, else made and written there."""
+    file, began = run.out / f"round_{t}.partial" / "generated.jsonl", time.time()
+    pairs = read(file) or make()
+    write(file, pairs)
+    start = f"round_{t - 1}" if t > 1 else run.model
+    log(run, {"phase": f"round {t}", "start": start, "negatives from": start, "reference": start,
+              "pairs": len(pairs), "identical": fmean(p["real_ids"] == p["generated_ids"] for p in pairs),
+              "seconds": time.time() - began})
+    return pairs
+
+def log(run, record):
+    """Add to metrics.jsonl and print in one line (what is a dict comes in the table)."""
+    run.records.append(record)
+    write(run.out / "metrics.jsonl", run.records)
+    shown = ((k, v) for k, v in record.items() if not isinstance(v, dict))
+    print(*(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in shown), flush=True)
+
+def final_answer(text):
+    """GSM8K's convention: what follows '####' on its line, without $ and commas; None without '####'."""
+    found = re.search(r"####[ $]*([^\n]+)", text)
+    return found and found[1].replace(",", "").strip(" .")
+
+def answers(run, policy, problems, temperature):
+    """One response each: (share of right ones, None unless all problems have a '####' answer; token ids)."""
+    ids = sample(policy, [problem["prompt_ids"] for problem in problems], run.eos_ids, run.max_new_tokens,
+                 temperature, run.sample_batch, f"{run.seed} answers")
+    texts = run.tokenizer.batch_decode(ids, skip_special_tokens=True)
+    right = [final_answer(text) == problem["answer"] for text, problem in zip(texts, problems)]
+    return fmean(right) if all(problem["answer"] for problem in problems) else None, ids
+
+COLUMNS = {"greedy_accuracy": "greedy", "sampled_accuracy": "sampled", "n": "n", "heldout_nll": "NLL",
+           "mean_response_tokens": "tokens", "eos_share": "EOS"}    # summary.json: screen
+
+def evaluate(run, name, policy):
+    """Log a row of the table, unless a resumed run has it, and the greedy response to the first prompt."""
+    if any(record["phase"] == name and "row" in record for record in run.records):
+        return
+    row, problems = {"name": name} | dict.fromkeys(COLUMNS), run.heldout or run.demos[:1]
+    greedy, first = answers(run, policy, problems, 0)
+    if run.heldout:
+        sampled, ids = answers(run, policy, problems, 1)
+        nats = -sum(score(policy, problems, "real", run.sample_batch))
+        row |= zip(COLUMNS, [greedy, sampled, len(ids), nats / sum(len(p["real_ids"]) for p in problems),
+                             fmean(map(len, ids)), fmean(response[-1] in run.eos_ids for response in ids)])
+    seconds = {"step" in r: r["seconds"] for r in run.records if r["phase"] == name}    # sampling, training
+    row["seconds"] = sum(seconds.values())
+    log(run, {"phase": name, "row": row, "dev_accuracy": run.dev and answers(run, policy, run.dev, 0)[0],
+              "says": run.tokenizer.decode(first[0])})
+    for sentence in warnings(run.records) if name != "sft" else []:
+        print(f"warning, {name}: {sentence}")
+
+def sft_baseline(run, args):
+    """SFT from the same start with at least the rounds' compute; its best epoch on dev, else the last."""
+    # A step on pairs holds two responses for one, and sampling costs about as much as a third.
+    epochs, best = 3 * args.epochs * args.rounds * args.samples_per_prompt, -1
+    policy = load_model(args.model, run.device)
+    for record in train_round(policy, run.demos, "sft", epochs, args, "sft"):
+        if record["epoch"] % 1 == 0:
+            record["dev_accuracy"] = dev = run.dev and answers(run, policy, run.dev, 0)[0]
+            if dev is None or dev > best:
+                best = dev
+                save_model(run, policy, run.out / "sft")
+        log(run, record)
+    evaluate(run, "sft", load_model(run.out / "sft", run.device))
+
+def warnings(records):
+    """What these records of metrics.jsonl show of the last round that a person should know: sentences."""
+    rounds = [record for record in records if "row" in record and record["phase"] != "sft"]
+    before, now = rounds[-2:] if len(rounds) > 1 else rounds * 2
+    ours = [record for record in records if record["phase"] == now["phase"]]
+    real = [record["real"] for record in ours if "generated" in record]
+    sick = {
+        "real responses keep getting less likely: lower --lr, raise --scale, or use --loss kliep":
+            len(real) >= 4 and fmean(real[-(len(real) // 4):]) < min(-1, fmean(real[:len(real) // 2])),
+        "most samples equal the demonstration: little is left to learn":
+            any(record.get("identical", 0) > 0.5 for record in ours),
+        "fewer responses end in EOS: are demonstrations cut? raise --max-new-tokens":
+            (now["row"]["eos_share"] or 0) < (before["row"]["eos_share"] or 0) - 0.1,
+        "the round lost on dev, it over-corrects: fewer --rounds or --epochs, or a larger --scale":
+            (now["dev_accuracy"] or 0) < (before["dev_accuracy"] or 0) - 0.03}
+    return [sentence for sentence, is_so in sick.items() if is_so]
+
+def summarize(run):
+    """Print the table, write summary.json: its rows, and the round best on dev (without --dev the last)."""
+    done = [record for record in run.records if "row" in record]
+    rounds = [record for record in done if record["phase"].startswith("round")][::-1]
+    best = max(rounds, key=lambda record: record["dev_accuracy"] or 0, default={"phase": None})["phase"]
+    write(run.out / "summary.json", [{"rows": [record["row"] for record in done], "best": best}])
+    print(f"\n{'':10}" + "".join(f"{title:>10}" for title in (*COLUMNS.values(), "seconds")))
+    for record in done:
+        cells = [record["row"][key] for key in (*COLUMNS, "seconds")]
+        print(f"{record['phase']:10}" + "".join(f"{'-' if x is None else f'{x:.3g}':>10}" for x in cells))
+    print(f"best round: {best}; results in {run.out}")
+    return json.loads((run.out / "summary.json").read_text())
+
+
+if __name__ == "__main__":
+    main(parse_args())
