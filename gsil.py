@@ -44,8 +44,7 @@ TOY = Path(__file__).parent / "tests" / "toy"
 
 def parse_args(argv=None):
     """Flags -> Namespace; the defaults suit the built-in toy and were chosen on its dev problems."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     flag = parser.add_argument
     # data: what is imitated, and what is checked
     flag("--model", default=str(TOY / "base"), help="the start policy: folder or Hub name")
@@ -166,15 +165,15 @@ LOSSES = {
 
 # ---- 4. One round ------------------------------------------------------------------------------------------
 
-def self_play(policy, run, args, name):
+def self_play(policy, run, name):
     """The pairs of a round: each demonstration beside fresh responses of the policy; log pi_t of both."""
-    pairs = [dict(demo) for demo in run.demos for _ in range(args.samples_per_prompt)]
-    responses = sample(policy, [pair["prompt_ids"] for pair in pairs], run.eos_ids, args.max_new_tokens,
-                       args.temperature, args.sample_batch, f"{args.seed} {name}")          # y- ~ pi_t(.|x)
+    pairs = [dict(demo) for demo in run.demos for _ in range(run.samples_per_prompt)]
+    responses = sample(policy, [pair["prompt_ids"] for pair in pairs], run.eos_ids, run.max_new_tokens,
+                       run.temperature, run.sample_batch, f"{run.seed} {name}")             # y- ~ pi_t(.|x)
     for pair, ids in zip(pairs, responses):
         pair |= {"generated": run.tokenizer.decode(ids), "generated_ids": ids}
     for side in ("real", "generated"):      # the reference: once, by the policy itself, without gradient
-        for pair, logp in zip(pairs, score(policy, pairs, side, args.sample_batch)):
+        for pair, logp in zip(pairs, score(policy, pairs, side, run.sample_batch)):
             pair[f"{side}_reference"] = logp
     return pairs
 
@@ -196,9 +195,9 @@ def train_round(model, pairs, loss, epochs, args, name):
     model.eval()                            # no dropout: log-ratios must be 0 before the first step
     learned = args.shift == "learn"
     shift = torch.tensor(0.0 if learned else args.shift, device=model.device, requires_grad=learned)
-    groups = [{"params": list(model.parameters())}] + [{"params": [shift], "lr": args.shift_lr}] * learned
+    groups = [{"params": list(model.parameters())}, {"params": [shift], "lr": args.shift_lr}]
     make = {"adamw": torch.optim.AdamW, "rmsprop": torch.optim.RMSprop}[args.optimizer]
-    optimizer = make(groups, lr=args.lr, weight_decay=0)
+    optimizer = make(groups, lr=args.lr, weight_decay=0)    # leaves a shift that is not learned alone
     steps, step, seconds = epochs * math.ceil(len(pairs) / args.batch), 0, 0.0
     warmup = round(args.warmup if args.warmup >= 1 else args.warmup * steps)
     schedule = get_scheduler(args.decay, optimizer, num_warmup_steps=warmup, num_training_steps=steps)
@@ -238,9 +237,7 @@ def main(args):
         if folder.exists():                 # a resumed run has this round behind it
             policy = load_model(folder, run.device)
         else:
-            pairs = run.demos
-            if args.loss != "sft":          # y- ~ pi_t and log pi_t, unless a resumed run has them
-                pairs = keep_pairs(run, t, lambda: self_play(policy, run, args, name))
+            pairs = run.demos if args.loss == "sft" else keep_pairs(run, t, self_play, policy)
             for record in train_round(policy, pairs, args.loss, args.epochs, args, name):
                 log(run, record)
             save_model(run, policy, folder)
@@ -262,10 +259,9 @@ def die(sentence):
 def number(kind, low=-math.inf, above=-math.inf, word=None):
     """argparse type: a finite int or float, >= low and > above; or this word."""
     def parse(text):
-        value = text if text == word else kind(text)
-        if value != word and not (math.isfinite(value) and value >= low and value > above):
+        if text != word and not (math.isfinite(kind(text)) and kind(text) >= low and kind(text) > above):
             raise argparse.ArgumentTypeError(f"{text} is out of range")
-        return value
+        return text if text == word else kind(text)
     parse.__name__ = kind.__name__          # argparse: "invalid int value" when kind(text) fails
     return parse
 
@@ -276,17 +272,18 @@ def complete(args, parser):
         if not file.is_file():
             parser.error(f"--resume {args.resume}: no args.json there, so it is not the folder of a run")
         saved = json.loads(file.read_text())
-        for key, value in vars(args).items():
-            if key not in ("resume", "rounds") and value not in (saved[key], parser.get_default(key)):
-                parser.error(f"--resume: the run keeps its own flags, leave out --{key.replace('_', '-')}")
+        own = [k for k, v in vars(args).items() if v not in (saved[k], parser.get_default(k))]
+        if set(own) - {"resume", "rounds"}:
+            parser.error(f"--resume goes on with the flags of that run; these are others: {', '.join(own)}")
         saved |= {"resume": args.resume, "rounds": max(args.rounds, saved["rounds"])}
         return argparse.Namespace(**saved)
     if args.data == parser.get_default("data"):             # the toy's problems go with its demonstrations
         args.dev, args.heldout = args.dev or f"{TOY}/dev.jsonl", args.heldout or f"{TOY}/heldout.jsonl"
-    if args.loss in ("spin", "sft") and args.shift == "learn":
+    shiftless = args.loss in ("spin", "sft")
+    if args.shift == "learn" and shiftless:
         parser.error(f"--shift learn: a shift changes nothing in --loss {args.loss}, so it cannot be learned")
     if args.shift is None:
-        args.shift = 0.0 if args.loss in ("spin", "sft") else "learn"
+        args.shift = 0.0 if shiftless else "learn"
     return args
 
 def chunks(items, size):
@@ -346,11 +343,9 @@ def read_rows(name, split):
     import datasets                         # slow, and a .jsonl file does not need it
     source = {"path": kind, "data_files": name, "split": "train"} if kind else {"path": name, "split": split}
     try:
-        rows = datasets.load_dataset(**source)
+        yield from ((f"{name} row {n}", row) for n, row in enumerate(datasets.load_dataset(**source), 1))
     except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
         die(f"{name}, split {source['split']}: {str(error).splitlines()[0]}")
-    for n, row in enumerate(rows, 1):
-        yield f"{name} row {n}", row
 
 def to_messages(place, row):
     """A row in any of FORMATS -> messages, dicts with role and content, the last one by the assistant."""
@@ -369,7 +364,7 @@ def to_messages(place, row):
         turns = [{"role": "assistant", "content": turns}]
     turns = [{"role": ROLES.get(turn.get("from"), turn.get("role", turn.get("from"))),
               "content": turn.get("value", turn.get("content"))} for turn in turns]
-    while turns and turns[-1]["role"] != "assistant":
+    while turns and turns[-1]["role"] != "assistant":       # the last assistant turn is the response
         turns.pop()
     if before and len(turns) == 1:
         turns = (prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]) + turns
@@ -461,15 +456,15 @@ def read(path):
     lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
     return [json.loads(line) for line in lines]
 
-def keep_pairs(run, t, make):
-    """The pairs of round t from its file if a resumed run has it, else made and written there."""
+def keep_pairs(run, t, self_play, policy):
+    """The pairs of round t from their file, which a resumed run may have; else made, and written there."""
     file, began = run.out / f"round_{t}.partial" / "generated.jsonl", time.time()
-    pairs = read(file) or make()
+    pairs = read(file) or self_play(policy, run, f"round {t}")
     write(file, pairs)
     start = f"round_{t - 1}" if t > 1 else run.model
+    same = fmean(pair["real_ids"] == pair["generated_ids"] for pair in pairs)
     log(run, {"phase": f"round {t}", "start": start, "negatives from": start, "reference": start,
-              "pairs": len(pairs), "identical": fmean(p["real_ids"] == p["generated_ids"] for p in pairs),
-              "seconds": time.time() - began})
+              "pairs": len(pairs), "identical": same, "seconds": time.time() - began})
     return pairs
 
 def log(run, record):
@@ -503,13 +498,13 @@ def evaluate(run, name, policy):
     greedy, first = answers(run, policy, problems, 0)
     if run.heldout:
         sampled, ids = answers(run, policy, problems, 1)
-        nats = -sum(score(policy, problems, "real", run.sample_batch))
-        row |= zip(COLUMNS, [greedy, sampled, len(ids), nats / sum(len(p["real_ids"]) for p in problems),
-                             fmean(map(len, ids)), fmean(response[-1] in run.eos_ids for response in ids)])
-    seconds = {"step" in r: r["seconds"] for r in run.records if r["phase"] == name}    # sampling, training
-    row["seconds"] = sum(seconds.values())
-    log(run, {"phase": name, "row": row, "dev_accuracy": run.dev and answers(run, policy, run.dev, 0)[0],
-              "says": run.tokenizer.decode(first[0])})
+        tokens = sum(len(problem["real_ids"]) for problem in problems)
+        nll = -sum(score(policy, problems, "real", run.sample_batch)) / tokens
+        row |= zip(COLUMNS, [greedy, sampled, len(ids), nll, fmean(map(len, ids)),
+                             fmean(response[-1] in run.eos_ids for response in ids)])
+    seconds = {"step" in r: r["seconds"] for r in run.records if r["phase"] == name}    # sampling, last step
+    log(run, {"phase": name, "row": row | {"seconds": sum(seconds.values())}, "dev_accuracy":
+              run.dev and answers(run, policy, run.dev, 0)[0], "says": run.tokenizer.decode(first[0])})
     for sentence in warnings(run.records) if name != "sft" else []:
         print(f"warning, {name}: {sentence}")
 
