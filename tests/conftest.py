@@ -1,4 +1,6 @@
-"""What the tests share: no network, the repository's root on the path, a tiny model and tokenizers made in memory."""
+"""What the tests share: no network, the repository's root on the path, a tiny model and tokenizers made in
+memory."""
+
 import os
 import sys
 from pathlib import Path
@@ -12,28 +14,47 @@ import torch  # noqa: E402
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: E402
 
-ZEPHYR = ("{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}</s>\n{% endfor %}"
-          "{% if add_generation_prompt %}<|assistant|>\n{% endif %}")       # note the newline after EOS
+ZEPHYR = (
+    "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)  # note the newline after EOS
 
 
 def byte_tokenizer(chat_template=ZEPHYR, merges=()):
-    """One token per byte (and per merge), EOS '</s>' which is also the pad token, and a second EOS '<|end|>'."""
+    """One token per byte (and per merge), EOS '</s>' which is also the pad token, and a second EOS
+    '<|end|>'."""
     vocabulary = {"<s>": 0, "</s>": 1, "<|end|>": 2}
     for token in [*sorted(pre_tokenizers.ByteLevel.alphabet()), *(a + b for a, b in merges)]:
         vocabulary.setdefault(token, len(vocabulary))
     inner = Tokenizer(models.BPE(vocab=vocabulary, merges=list(merges)))
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     inner.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>", pad_token="</s>",
-                                   extra_special_tokens=["<|end|>"], chat_template=chat_template)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="</s>",
+        extra_special_tokens=["<|end|>"],
+        chat_template=chat_template,
+    )
 
 
 def tiny_model(vocabulary=300, seed=0):
-    """A random Llama with 2 layers; its wide initialisation makes the next-token distribution far from uniform."""
+    """A random Llama with 2 layers; its wide initialisation makes the next-token distribution far from
+    uniform."""
     torch.manual_seed(seed)
-    config = LlamaConfig(vocab_size=vocabulary, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-                         num_attention_heads=4, initializer_range=0.2, max_position_embeddings=256,
-                         bos_token_id=0, eos_token_id=1, pad_token_id=None)
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        initializer_range=0.2,
+        max_position_embeddings=256,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=None,
+    )
     return LlamaForCausalLM(config).eval()
 
 
