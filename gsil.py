@@ -463,11 +463,12 @@ def keep_pairs(run, t, self_play, policy):
     return pairs
 
 def log(run, record):
-    """Add to metrics.jsonl and print in one line (what is a dict comes in the table)."""
+    """Add to metrics.jsonl and print in one line, but for a row, which comes in the table."""
     run.records.append(record)
     write(run.out / "metrics.jsonl", run.records)
-    shown = ((k, v) for k, v in record.items() if not isinstance(v, dict))
-    print(*(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in shown), flush=True)
+    shown = [f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value!r}"
+             for key, value in record.items() if key not in ("phase", "row")]
+    print(f"{record['phase']}: {', '.join(shown)}", flush=True)
 
 def final_answer(text):
     """GSM8K's convention: what follows '####' on its line, without $ and commas; None without '####'."""

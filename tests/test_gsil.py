@@ -145,12 +145,12 @@ def test_no_gradient_into_prompt_positions_or_pads():
 # ---- demonstrations ----------------------------------------------------------------------------------------
 
 
-def args_for(*flags):
-    return gsil.parse_args(["--data", "x.jsonl", *flags])
+def args_for(flags=""):
+    return gsil.parse_args(["--data", "x.jsonl", *flags.split()])
 
 
-def demos_of(path, tokenizer, *flags, eos_ids=(EOS, 2)):
-    return gsil.read_demos(str(path), tokenizer, set(eos_ids), math.inf, args_for(*flags))
+def demos_of(path, tokenizer, flags="", eos_ids=(EOS, 2)):
+    return gsil.read_demos(str(path), tokenizer, set(eos_ids), math.inf, args_for(flags))
 
 
 def write_jsonl(path, rows):
@@ -249,11 +249,8 @@ def test_real_responses_end_as_the_models_template_does(tmp_path):
 
 
 def test_a_response_is_cut_at_the_cap_without_eos(tmp_path, tokenizer, capsys):
-    """Real and generated share one cap; a cut response with EOS would be told apart by ending mid-
-    sentence."""
-    (demo,) = demos_of(
-        write_jsonl(tmp_path / "x.jsonl", [SAME["messages"]]), tokenizer, "--max-new-tokens", "5"
-    )
+    """Real and generated share one cap; EOS after half a sentence would give a cut response away."""
+    (demo,) = demos_of(write_jsonl(tmp_path / "x.jsonl", [SAME["messages"]]), tokenizer, "--max-new-tokens 5")
     assert len(demo["real_ids"]) == 5 and EOS not in demo["real_ids"]
     assert "1 cut at --max-new-tokens 5" in capsys.readouterr().out
 
@@ -292,39 +289,20 @@ def made_pairs(model, n=7, seed=0):
 
 
 @pytest.mark.parametrize("loss", [*gsil.LOSSES, "sft"])
-def test_accumulated_gradients_equal_the_full_batch(loss):
+def test_accumulated_gradients_equal_the_full_batch(loss, monkeypatch):
     """Averaging the micro-batches' means would weigh pairs (for sft: tokens) of a small last part too
     much."""
     gradients = []
-    for micro in (7, 3):  # 3 + 3 + 1, of different token counts
+
+    def spy(parameters, clip):
+        gradients.append(torch.cat([p.grad.flatten() for p in parameters]))
+        return torch.tensor(1.0)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", spy)
+    for micro in (7, 3):  # 3 + 3 + 1 pairs, of different token counts
         model = tiny_model()
-        args = args_for(
-            "--loss",
-            loss,
-            "--batch",
-            "7",
-            "--micro-batch",
-            str(micro),
-            "--shift",
-            "0.5",
-            "--scale",
-            "1",
-            "--optimizer",
-            "rmsprop",
-            "--clip",
-            "1e9",
-        )
-        seen = []
-        model.register_forward_hook(lambda *_: None)
-        stop = torch.optim.RMSprop.step
-        torch.optim.RMSprop.step = lambda self, *a, **k: seen.append(
-            [p.grad.clone() for p in model.parameters()]
-        )
-        try:
-            list(gsil.train_round(model, made_pairs(model), loss, 1, args, "round 1"))
-        finally:
-            torch.optim.RMSprop.step = stop
-        gradients.append(torch.cat([g.flatten() for g in seen[0]]))
+        args = args_for(f"--loss {loss} --batch 7 --micro-batch {micro} --shift 0.5 --scale 1")
+        list(gsil.train_round(model, made_pairs(model), loss, 1, args, "round 1"))
     assert torch.allclose(*gradients, atol=1e-5 * gradients[0].abs().max().item() + 1e-7)
     if loss == "sft":  # and sft is the usual mean over tokens
         model = tiny_model()
@@ -339,7 +317,7 @@ def test_accumulated_gradients_equal_the_full_batch(loss):
 def test_one_round_tells_real_from_generated(loss):
     """A sign error in a loss, or references taken from the wrong side, would turn this around."""
     model = tiny_model()
-    args = args_for("--loss", loss, "--batch", "4", "--scale", "0.5", "--lr", "1e-3", "--seed", "3")
+    args = args_for(f"--loss {loss} --batch 4 --scale 0.5 --lr 1e-3 --seed 3")
     records = list(gsil.train_round(model, made_pairs(model, 8), loss, 10, args, "round 1"))
     assert records[-1]["real"] > records[-1]["generated"] + 1 and records[-1]["accuracy"] == 1
 
@@ -352,7 +330,7 @@ def test_every_pair_is_seen_once_per_epoch(monkeypatch):
     monkeypatch.setattr(
         gsil, "pair_losses", lambda m, part, *rest: (seen.append(part), whole(m, part, *rest))[1]
     )
-    args = args_for("--batch", "3")
+    args = args_for("--batch 3")
     list(gsil.train_round(model, pairs, "logistic", 2, args, "round 1"))
     assert [len(part) for part in seen] == [3, 3, 1] * 2
     epochs = [[pairs.index(pair) for part in seen[i : i + 3] for pair in part] for i in (0, 3)]
@@ -386,7 +364,7 @@ def test_the_shift_is_learned_only_when_asked():
     names."""
     for flag, moves in (("learn", True), ("2", False)):
         model = tiny_model()
-        args = args_for("--shift", flag, "--batch", "4")
+        args = args_for(f"--shift {flag} --batch 4")
         records = list(gsil.train_round(model, made_pairs(model, 8), "logistic", 8, args, "round 1"))
         assert (abs(records[-1]["shift"] - (0 if moves else 2)) > 1e-3) == moves
 
@@ -395,7 +373,7 @@ def test_warmup_and_decay():
     """--warmup counts steps, or a share of them below 1; linear decay must end near 0."""
     for warmup, flat in (("4", 4), ("0.5", 8), ("0", 0)):
         model = tiny_model()
-        args = args_for("--warmup", warmup, "--batch", "1", "--lr", "1e-4")
+        args = args_for(f"--warmup {warmup} --batch 1 --lr 1e-4")
         rates = [
             record["lr"]
             for record in gsil.train_round(model, made_pairs(model, 1), "logistic", 16, args, "r")
@@ -429,16 +407,9 @@ def small(tmp_path_factory):
     return folder
 
 
-def run(small, out, *flags, data=True):
-    inputs = [
-        "--data",
-        f"{small}/demos.jsonl",
-        "--dev",
-        f"{small}/dev.jsonl",
-        "--heldout",
-        f"{small}/heldout.jsonl",
-    ]
-    return gsil.main(gsil.parse_args([*(inputs if data else []), "--out", str(out), *flags]))
+def run(small, out, flags=""):
+    inputs = f"--data {small}/demos.jsonl --dev {small}/dev.jsonl --heldout {small}/heldout.jsonl --out {out}"
+    return gsil.main(gsil.parse_args([*inputs.split(), *flags.split()]))
 
 
 def weights(folder):
@@ -458,41 +429,26 @@ def metrics(folder):
 def test_end_to_end(loss, small, tmp_path):
     """Every --loss must train, save, and be loadable and scored the same by someone who only has
     transformers."""
-    summary = run(
-        small, tmp_path / "run", "--loss", loss, "--baseline", "none", "--epochs", "1", "--batch", "8"
-    )
+    summary = run(small, tmp_path / "run", f"--loss {loss} --baseline none --epochs 1 --batch 8")
     assert summary == json.loads((tmp_path / "run" / "summary.json").read_text())
     assert [row["name"] for row in summary["rows"]] == ["base", "round 1"] and summary["best"] == "round 1"
     for row in summary["rows"]:
-        assert set(row) == {
-            "name",
-            "greedy_accuracy",
-            "sampled_accuracy",
-            "n",
-            "heldout_nll",
-            "mean_response_tokens",
-            "eos_share",
-            "seconds",
-        }
+        assert list(row) == ["name", *gsil.COLUMNS, "seconds"]
         assert row["n"] == 20 and all(math.isfinite(row[key]) for key in row if key != "name")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "round_1")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / "round_1")
     assert {p.dtype for p in model.parameters()} == {torch.float32}
-    demos = gsil.read_demos(
-        f"{small}/heldout.jsonl", tokenizer, {tokenizer.eos_token_id}, math.inf, args_for()
-    )
+    demos = demos_of(small / "heldout.jsonl", tokenizer)
     nats = sum(naive_logp(model, demo["prompt_ids"], demo["real_ids"]) for demo in demos)
-    assert summary["rows"][1]["heldout_nll"] == pytest.approx(
-        -nats / sum(len(d["real_ids"]) for d in demos), rel=1e-3
-    )
+    tokens = sum(len(demo["real_ids"]) for demo in demos)
+    assert summary["rows"][1]["heldout_nll"] == pytest.approx(-nats / tokens, rel=1e-3)
     base = AutoModelForCausalLM.from_pretrained(ROOT / "tests/toy/base").state_dict()
     assert any(not torch.equal(base[key], value) for key, value in model.state_dict().items())
 
 
 def test_generated_jsonl_holds_what_the_round_was_trained_on(small, tmp_path):
-    """Whoever inspects a run needs the samples as ids and text, and their reference log-probs under the
-    start."""
-    run(small, tmp_path / "run", "--samples-per-prompt", "2", "--baseline", "none", "--epochs", "1")
+    """Whoever inspects a run needs the samples as text and ids, and log pi_t of both sides."""
+    run(small, tmp_path / "run", "--samples-per-prompt 2 --baseline none --epochs 1")
     pairs = [json.loads(line) for line in (tmp_path / "run/round_1/generated.jsonl").read_text().splitlines()]
     assert len(pairs) == 80 and pairs[0]["prompt"] == pairs[1]["prompt"] != pairs[2]["prompt"]
     base = AutoModelForCausalLM.from_pretrained(ROOT / "tests/toy/base")
@@ -506,9 +462,7 @@ def test_generated_jsonl_holds_what_the_round_was_trained_on(small, tmp_path):
 
 def test_the_baseline_has_its_budget_and_its_best_epoch(small, tmp_path):
     """SFT that trains less than GSIL, or is taken at a bad epoch, would be a straw man."""
-    summary = run(
-        small, tmp_path / "run", "--epochs", "2", "--rounds", "2", "--samples-per-prompt", "2", "--lr", "1e-3"
-    )
+    summary = run(small, tmp_path / "run", "--epochs 2 --rounds 2 --samples-per-prompt 2 --lr 1e-3")
     records = metrics(tmp_path / "run")
     sft = [record for record in records if record["phase"] == "sft" and "step" in record]
     assert sft[-1]["epoch"] == 3 * 2 * 2 * 2
@@ -518,20 +472,17 @@ def test_the_baseline_has_its_budget_and_its_best_epoch(small, tmp_path):
 
 
 def test_same_seed_same_bytes(small, tmp_path):
-    """Numbers that cannot be repeated cannot be trusted: metrics (the clock apart) and weights are
-    identical."""
-    for name, seed in (("a", "0"), ("b", "0"), ("c", "1")):
-        run(small, tmp_path / name, "--seed", seed, "--baseline", "none")
+    """Numbers that cannot be repeated cannot be trusted: metrics (but for the clock) and weights agree."""
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        run(small, tmp_path / name, f"--seed {seed} --baseline none")
     assert metrics(tmp_path / "a") == metrics(tmp_path / "b") != metrics(tmp_path / "c")
-    assert (
-        weights(tmp_path / "a/round_1") == weights(tmp_path / "b/round_1") != weights(tmp_path / "c/round_1")
-    )
+    a, b, c = (weights(tmp_path / name / "round_1") for name in "abc")
+    assert a == b != c
 
 
 def test_resume_after_a_stop_equals_an_undisturbed_run(small, tmp_path, monkeypatch):
-    """Stopped in round 2's training, a run must go on from round 1's weights and round 2's samples, bit for
-    bit."""
-    run(small, tmp_path / "whole", "--rounds", "2")
+    """Stopped in round 2's training, a run goes on from round 1's weights and round 2's samples, exactly."""
+    run(small, tmp_path / "whole", "--rounds 2")
     train, sample = gsil.train_round, gsil.sample
 
     def stops(model, pairs, loss, epochs, args, name):
@@ -542,7 +493,7 @@ def test_resume_after_a_stop_equals_an_undisturbed_run(small, tmp_path, monkeypa
 
     monkeypatch.setattr(gsil, "train_round", stops)
     with pytest.raises(KeyboardInterrupt):
-        run(small, tmp_path / "cut", "--rounds", "2")
+        run(small, tmp_path / "cut", "--rounds 2")
     monkeypatch.setattr(gsil, "train_round", train)
     seeds = []
     monkeypatch.setattr(gsil, "sample", lambda *a: (seeds.append(a[-1]), sample(*a))[1])
@@ -555,8 +506,8 @@ def test_resume_after_a_stop_equals_an_undisturbed_run(small, tmp_path, monkeypa
 
 def test_resume_with_more_rounds(small, tmp_path):
     """Raising --rounds continues a finished run; the SFT baseline is trained again, its budget has grown."""
-    run(small, tmp_path / "two", "--rounds", "2")
-    run(small, tmp_path / "one", "--rounds", "1")
+    run(small, tmp_path / "two", "--rounds 2")
+    run(small, tmp_path / "one", "--rounds 1")
     gsil.main(gsil.parse_args(["--resume", str(tmp_path / "one"), "--rounds", "2"]))
     for folder in ("round_1", "round_2", "sft"):
         assert weights(tmp_path / "two" / folder) == weights(tmp_path / "one" / folder)
@@ -565,7 +516,7 @@ def test_resume_with_more_rounds(small, tmp_path):
 
 def test_resume_keeps_the_flags_of_the_run(small, tmp_path, capsys):
     """Flags silently ignored, or silently changed halfway, would make args.json a lie."""
-    run(small, tmp_path / "run", "--rounds", "0")
+    run(small, tmp_path / "run", "--rounds 0")
     for flags in (["--resume", str(tmp_path / "run"), "--lr", "1"], ["--resume", str(tmp_path)]):
         with pytest.raises(SystemExit) as stop:
             gsil.parse_args(flags)
@@ -575,9 +526,7 @@ def test_resume_keeps_the_flags_of_the_run(small, tmp_path, capsys):
 
 def test_without_dev_and_heldout(small, tmp_path):
     """Demonstrations alone are enough to train; what cannot be measured is null, never made up."""
-    args = gsil.parse_args(
-        ["--data", f"{small}/demos.jsonl", "--out", str(tmp_path / "run"), "--epochs", "1"]
-    )
+    args = gsil.parse_args(f"--data {small}/demos.jsonl --out {tmp_path}/run --epochs 1".split())
     summary = gsil.main(args)
     assert args.dev is None and args.heldout is None and summary["best"] == "round 1"
     for row in summary["rows"]:
@@ -587,39 +536,25 @@ def test_without_dev_and_heldout(small, tmp_path):
 def test_problems_without_answers_have_nll_but_no_accuracy(small, tmp_path):
     """Free text has no '####' to check; calling it wrong would be a made-up number."""
     free = write_jsonl(tmp_path / "free.jsonl", [{"prompt": "Ava has 7 apples .", "response": "7 + 4"}] * 3)
-    summary = run(small, tmp_path / "run", "--rounds", "0", "--heldout", str(free))
+    summary = run(small, tmp_path / "run", f"--rounds 0 --heldout {free}")
     assert summary["rows"][0]["greedy_accuracy"] is None and summary["rows"][0]["heldout_nll"] > 0
 
 
 def test_a_prompt_template_is_used_saved_and_needs_no_chat_template(small, tmp_path):
-    """A base model without chat template trains on --prompt-template; the saved model must know its
-    format."""
+    """A base model without chat template trains on --prompt-template; the saved one must know the format."""
     tokenizer = byte_tokenizer(chat_template=None)
     tiny_model().save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     data = write_jsonl(tmp_path / "x.jsonl", [{"prompt": "a {b}", "response": "c"}] * 4)
-    flags = [
-        "--model",
-        str(tmp_path / "model"),
-        "--data",
-        str(data),
-        "--baseline",
-        "none",
-        "--max-new-tokens",
-        "9",
-    ]
-    gsil.main(
-        gsil.parse_args([*flags, "--prompt-template", "Q: {prompt}\n A: ", "--out", str(tmp_path / "run")])
-    )
+    flags = f"--model {tmp_path}/model --data {data} --baseline none --max-new-tokens 9 --out {tmp_path}/run"
+    with pytest.raises(SystemExit):
+        gsil.main(gsil.parse_args(flags.split()))
+    gsil.main(gsil.parse_args([*flags.split(), "--prompt-template", "Q: {prompt}\n A: "]))
     pair = json.loads((tmp_path / "run/round_1/generated.jsonl").read_text().splitlines()[0])
     assert pair["prompt"] == "Q: a {b}\n A: " and pair["real_ids"] == tokenizer("c").input_ids + [EOS]
     saved = AutoTokenizer.from_pretrained(tmp_path / "run/round_1")
-    assert (
-        saved.apply_chat_template([user("a {b}")], tokenize=False, add_generation_prompt=True)
-        == pair["prompt"]
-    )
-    with pytest.raises(SystemExit):
-        gsil.main(gsil.parse_args([*flags, "--out", str(tmp_path / "no")]))
+    text = saved.apply_chat_template([user("a {b}")], tokenize=False, add_generation_prompt=True)
+    assert text == pair["prompt"]
 
 
 def test_the_next_free_folder(small, tmp_path, monkeypatch):
@@ -628,10 +563,8 @@ def test_the_next_free_folder(small, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     gsil.main(gsil.parse_args(inputs))
     gsil.main(gsil.parse_args(inputs))
-    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == [
-        "gsil-logistic-1",
-        "gsil-logistic-2",
-    ]
+    names = sorted(path.name for path in (tmp_path / "runs").iterdir())
+    assert names == ["gsil-logistic-1", "gsil-logistic-2"]
     with pytest.raises(SystemExit):
         gsil.main(gsil.parse_args([*inputs, "--out", "runs/gsil-logistic-1"]))
 
@@ -668,21 +601,11 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(name, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [
-        "--scale 0",
-        "--scale nan",
-        "--batch 0",
-        "--rounds -1",
-        "--lr x",
-        "--loss dpo",
-        "--shift x",
-        "--loss spin --shift learn",
-        "--temperature -1",
-        "--device tpu",
-    ],
-)
+OUT_OF_RANGE = """--scale 0, --scale nan, --batch 0, --rounds -1, --lr x, --loss dpo, --shift x, --device tpu,
+    --temperature -1, --loss spin --shift learn"""
+
+
+@pytest.mark.parametrize("flags", OUT_OF_RANGE.split(","))
 def test_numbers_out_of_range_are_argparse_errors(flags, capsys):
     """Caught before a model is loaded, with the flag's name."""
     with pytest.raises(SystemExit) as stop:
@@ -709,9 +632,7 @@ def history(**sick):
         now |= sick if name == "round 2" else {}
         records.append({"phase": name, "identical": now["identical"]})
         records += [{"phase": name, "real": real, "generated": -1.0} for real in now["real"]]
-        records.append(
-            {"phase": name, "row": {"name": name, "eos_share": now["eos"]}, "dev_accuracy": now["dev"]}
-        )
+        records.append({"phase": name, "row": {"eos_share": now["eos"]}, "dev_accuracy": now["dev"]})
     return records
 
 
@@ -740,9 +661,8 @@ def test_the_toys_files_are_what_make_toy_makes():
 
     rows = make_toy.make_rows(0)
     for part in ("demos", "dev", "heldout"):
-        assert (ROOT / f"tests/toy/{part}.jsonl").read_text() == "".join(
-            json.dumps(row) + "\n" for row in rows[part]
-        )
+        made = "".join(json.dumps(row) + "\n" for row in rows[part])
+        assert (ROOT / f"tests/toy/{part}.jsonl").read_text() == made
     questions = [row["question"] for part in rows.values() for row in part]
     assert len(questions) == len(set(questions)) == 20000 + 2048 + 500 + 500
     perfect = make_toy.make_rows(0, perfect=True)
@@ -757,9 +677,8 @@ def test_the_toys_base_model():
     base = ROOT / "tests/toy/base"
     assert sum(path.stat().st_size for path in base.iterdir()) < 1e6
     rows = [json.loads(line) for line in (ROOT / "tests/toy/heldout.jsonl").read_text().splitlines()]
-    stats = make_toy.statistics(
-        AutoModelForCausalLM.from_pretrained(base), AutoTokenizer.from_pretrained(base), rows, 1
-    )
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(base), AutoTokenizer.from_pretrained(base)
+    stats = make_toy.statistics(model, tokenizer, rows, temperature=1)
     assert stats["right given working"] >= 0.95 and 0.2 < stats["shows working"] < 0.4
 
 
@@ -788,6 +707,7 @@ def test_the_shape_of_the_script():
 def test_cuda_agrees_with_the_cpu(small, tmp_path):
     """bf16 autocast and the CUDA kernels may round differently, not compute something else."""
     for device in ("cpu", "cuda"):
-        run(small, tmp_path / device, "--device", device, "--baseline", "none", "--temperature", "0")
-    cpu, cuda = (metrics(tmp_path / device)[-1]["row"] for device in ("cpu", "cuda"))
-    assert cuda["heldout_nll"] == pytest.approx(cpu["heldout_nll"], rel=0.1)
+        run(small, tmp_path / device, f"--device {device} --baseline none --temperature 0")
+    found = [[r["row"]["heldout_nll"] for r in metrics(tmp_path / d) if "row" in r] for d in ("cpu", "cuda")]
+    for cpu, cuda, tolerance in zip(*found, (0.02, 0.1)):  # base, round 1
+        assert cuda == pytest.approx(cpu, rel=tolerance)
