@@ -163,11 +163,11 @@ LOSSES = {
 
 # ---- 4. One round ------------------------------------------------------------------------------------------
 
-def self_play(policy, run, name):
+def self_play(policy, run, demos, seed):
     """The pairs of a round: each demonstration beside fresh responses of the policy; log pi_t of both."""
-    pairs = [dict(demo) for demo in run.demos for _ in range(run.samples_per_prompt)]
+    pairs = [dict(demo) for demo in demos for _ in range(run.samples_per_prompt)]
     responses = sample(policy, [pair["prompt_ids"] for pair in pairs], run.eos_ids, run.max_new_tokens,
-                       run.temperature, run.sample_batch, f"{run.seed} {name}")             # y- ~ pi_t(.|x)
+                       run.temperature, run.sample_batch, seed)             # y- ~ pi_t(.|x)
     for pair, ids in zip(pairs, responses):
         pair |= {"generated": run.tokenizer.decode(ids), "generated_ids": ids}
     for side in ("real", "generated"):      # the reference: once, by the policy itself, without gradient
@@ -188,7 +188,7 @@ def pair_losses(model, pairs, loss, scale, shift):
     return LOSSES[loss](scale * d_real + shift, scale * d_generated + shift), d_real, d_generated
 
 
-def train_round(model, pairs, loss, epochs, args, name):
+def train_round(model, pairs, loss, epochs, args, name, seed):
     """Train the policy in place, every pair once an epoch; yields metrics every 16 steps and each epoch."""
     model.eval()                            # no dropout: log-ratios must be 0 before the first step
     learned = args.shift == "learn"
@@ -196,12 +196,13 @@ def train_round(model, pairs, loss, epochs, args, name):
     groups = [{"params": list(model.parameters())}, {"params": [shift], "lr": args.shift_lr}]
     make = {"adamw": torch.optim.AdamW, "rmsprop": torch.optim.RMSprop}[args.optimizer]
     optimizer = make(groups, lr=args.lr, weight_decay=0)    # leaves a shift that is not learned alone
-    steps, step, seconds = epochs * math.ceil(len(pairs) / args.batch), 0, 0.0
+    per_epoch, step, seconds = math.ceil(len(pairs) / args.batch), 0, 0.0
+    steps = round(epochs * per_epoch)
     warmup = round(args.warmup if args.warmup >= 1 else args.warmup * steps)
     schedule = get_scheduler(args.decay, optimizer, num_warmup_steps=warmup, num_training_steps=steps)
-    for epoch in range(1, epochs + 1):
-        order = random.Random(f"{args.seed} {name} {epoch}").sample(pairs, len(pairs))
-        for batch in chunks(order, args.batch):
+    for epoch in range(1, math.ceil(epochs) + 1):
+        order = random.Random(f"{seed} {epoch}").sample(pairs, len(pairs))
+        for batch in chunks(order, args.batch)[:steps - step]:
             total, real, generated, began = 0.0, [], [], time.time()
             # the loss is a mean over pairs; for sft over tokens, as cross-entropy usually is
             weight = sum(len(pair["real_ids"]) for pair in batch) if loss == "sft" else len(batch)
@@ -215,10 +216,10 @@ def train_round(model, pairs, loss, epochs, args, name):
             optimizer.step()
             optimizer.zero_grad()
             step, seconds = step + 1, seconds + time.time() - began
-            if step % 16 == 0 or step * epochs % steps == 0:
+            if step % 16 == 0 or step % per_epoch == 0 or step == steps:
                 pairwise = {} if loss == "sft" else {"generated": fmean(generated), "shift": shift.item(),
                                                      "accuracy": fmean(map(float.__gt__, real, generated))}
-                yield {"phase": name, "step": step, "steps": steps, "epoch": step * epochs / steps,
+                yield {"phase": name, "step": step, "steps": steps, "epoch": step / per_epoch,
                        "loss": total, "real": fmean(real), **pairwise, "grad_norm": norm,
                        "lr": schedule.get_last_lr()[0], "seconds": seconds}
             schedule.step()
@@ -228,20 +229,21 @@ def train_round(model, pairs, loss, epochs, args, name):
 
 def main(args):
     """Base, rounds, SFT baseline; returns what summary.json holds: the table's rows, the best round."""
-    run, policy = start(args)
+    run, policy = start(args, f"gsil-{args.loss}")
     evaluate(run, "base", policy)
     for t in range(1, args.rounds + 1):
-        name, folder = f"round {t}", run.out / f"round_{t}"
+        name, seed, folder = f"round {t}", f"{args.seed} round {t}", run.out / f"round_{t}"
         if folder.exists():                 # a resumed run has this round behind it
             policy = load_model(folder, run.device)
         else:
-            pairs = run.demos if args.loss == "sft" else keep_pairs(run, t, self_play, policy)
-            for record in train_round(policy, pairs, args.loss, args.epochs, args, name):
+            pairs = run.demos if args.loss == "sft" else keep_pairs(
+                run, name, t, lambda: self_play(policy, run, run.demos, seed))
+            for record in train_round(policy, pairs, args.loss, args.epochs, args, name, seed):
                 log(run, record)
             save_model(run, policy, folder)
         evaluate(run, name, policy)
     if args.baseline == "sft" and args.loss != "sft" and args.rounds:
-        sft_baseline(run, args)
+        sft_baseline(run, args, 3 * args.epochs * args.rounds * args.samples_per_prompt)
     return summarize(run)
 
 
@@ -264,15 +266,7 @@ def number(kind, low=-math.inf, above=-math.inf, word=None):
 def complete(args, parser):
     """Defaults that depend on other flags; with --resume, the flags of that run."""
     if args.resume:
-        file = Path(args.resume) / "args.json"
-        if not file.is_file():
-            parser.error(f"--resume {args.resume}: no args.json there, so it is not the folder of a run")
-        saved = json.loads(file.read_text())
-        own = [k for k, v in vars(args).items() if v not in (saved[k], parser.get_default(k))]
-        if set(own) - {"resume", "rounds"}:
-            parser.error(f"--resume goes on with the flags of that run; these are others: {', '.join(own)}")
-        saved |= {"resume": args.resume, "rounds": max(args.rounds, saved["rounds"])}
-        return argparse.Namespace(**saved)
+        return resumed(args, parser)
     if args.data == parser.get_default("data"):             # the toy's problems go with its demonstrations
         args.dev, args.heldout = args.dev or f"{TOY}/dev.jsonl", args.heldout or f"{TOY}/heldout.jsonl"
     if args.shift is None:
@@ -280,6 +274,17 @@ def complete(args, parser):
     elif args.shift == "learn" and args.loss in ("spin", "sft"):
         parser.error(f"--shift learn: a shift changes nothing in --loss {args.loss}, so it cannot be learned")
     return args
+
+def resumed(args, parser):
+    """The flags of the run that --resume names; only --rounds may be raised."""
+    saved = read(Path(args.resume) / "args.json")
+    if not saved:
+        parser.error(f"--resume {args.resume}: no args.json there, so it is not the folder of a run")
+    own = [k for k, v in vars(args).items() if v not in (saved[0].get(k), parser.get_default(k))]
+    if set(own) - {"resume", "rounds"}:
+        parser.error(f"--resume goes on with the flags of that run; these are others: {', '.join(own)}")
+    rounds = max(args.rounds, saved[0]["rounds"])
+    return argparse.Namespace(**saved[0] | {"resume": args.resume, "rounds": rounds})
 
 def chunks(items, size):
     return [items[start:start + size] for start in range(0, len(items), size)]
@@ -367,10 +372,10 @@ def to_messages(place, row):
         die(f"{place}: {before or after} and {after} must hold a prompt and a response, both text, not empty")
     return turns
 
-def read_demos(name, tokenizer, eos_ids, window, args):
+def read_demos(name, rows, tokenizer, eos_ids, window, args):
     """Rows -> dicts with prompt, response (text), prompt_ids, real_ids (EOS included), answer (or None)."""
     demos = []
-    for place, row in read_rows(name, args.split):
+    for place, row in rows:
         turns = to_messages(place, row)
         prompt = tokenizer.apply_chat_template(turns[:-1], tokenize=False, add_generation_prompt=True)
         both = tokenizer.apply_chat_template(turns, tokenize=False)
@@ -392,7 +397,7 @@ def read_demos(name, tokenizer, eos_ids, window, args):
     print(f"{name}: {len(demos)} rows" + f", {cut} cut at --max-new-tokens {args.max_new_tokens}" * (cut > 0))
     return demos or die(f"{name}: no rows")
 
-def start(args):
+def start(args, label):
     """Device, model, data, folder; prints the header. Returns what all phases need, and the policy."""
     hf_logging.disable_progress_bar()
     best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -411,15 +416,16 @@ def start(args):
     if tokenizer.eos_token_id is None or not tokenizer.chat_template:
         die(f"--model {args.model}: the tokenizer lacks an EOS token, or a chat template: --prompt-template")
     window = getattr(policy.config, "max_position_embeddings", None) or math.inf
-    demos, dev, heldout = [path and read_demos(path, tokenizer, eos_ids, window, args)
-                           for path in (args.data, args.dev, args.heldout)]
+    demos, dev, heldout = [
+        path and read_demos(path, read_rows(path, args.split), tokenizer, eos_ids, window, args)
+        for path in (args.data, args.dev, args.heldout)]
     out = Path(args.resume or args.out or next(
-        path for n in range(1, 10 ** 6) if not (path := Path(f"runs/gsil-{args.loss}-{n}")).exists()))
+        path for n in range(1, 10 ** 6) if not (path := Path(f"runs/{label}-{n}")).exists()))
     if out.exists() and any(out.iterdir()) and not args.resume:
         die(f"--out {out} is not empty; name another folder, or continue that run with --resume {out}")
     # A resumed run forgets what an interrupted phase has logged: it happens again. So does the SFT baseline.
     records = [record for record in read(out / "metrics.jsonl") if record["phase"] == "base"
-               or record["phase"] != "sft" and (out / record["phase"].replace(" ", "_")).exists()]
+               or (out / f"round_{record['phase'].split()[-1]}").exists()]
     write(out / "args.json", [vars(args)])
     return argparse.Namespace(**vars(args) | {
         "out": out, "device": device, "tokenizer": tokenizer, "eos_ids": eos_ids, "demos": demos, "dev": dev,
@@ -451,14 +457,14 @@ def read(path):
     lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
     return [json.loads(line) for line in lines]
 
-def keep_pairs(run, t, self_play, policy):
+def keep_pairs(run, name, t, make):
     """The pairs of round t from their file, which a resumed run may have; else made, and written there."""
     file, began = run.out / f"round_{t}.partial" / "generated.jsonl", time.time()
-    pairs = read(file) or self_play(policy, run, f"round {t}")
+    pairs = read(file) or make()
     write(file, pairs)
     start = f"round_{t - 1}" if t > 1 else run.model
     same = fmean(pair["real_ids"] == pair["generated_ids"] for pair in pairs)
-    log(run, {"phase": f"round {t}", "start": start, "negatives from": start, "reference": start,
+    log(run, {"phase": name, "start": start, "negatives from": start, "reference": start,
               "pairs": len(pairs), "identical": same, "seconds": time.time() - began})
     return pairs
 
@@ -504,12 +510,11 @@ def evaluate(run, name, policy):
     for sentence in warnings(run.records) if name != "sft" else []:
         print(f"warning, {name}: {sentence}")
 
-def sft_baseline(run, args):
-    """SFT from the same start with at least the rounds' compute; its best epoch on dev, else the last."""
-    # A step on pairs holds two responses for one, and sampling costs about as much as a third.
-    epochs, best = 3 * args.epochs * args.rounds * args.samples_per_prompt, -1
-    policy = load_model(args.model, run.device)
-    for record in train_round(policy, run.demos, "sft", epochs, args, "sft"):
+def sft_baseline(run, args, epochs):
+    """SFT from the same start; its best epoch on dev, without --dev the last. At least our compute: a step
+    on pairs has two responses for its one, and sampling costs about as much as a third."""
+    policy, best = load_model(args.model, run.device), -1
+    for record in train_round(policy, run.demos, "sft", epochs, args, "sft", f"{args.seed} sft"):
         if record["epoch"] % 1 == 0:
             record["dev_accuracy"] = dev = run.dev and answers(run, policy, run.dev, 0)[0]
             if dev is None or dev > best:
@@ -537,7 +542,7 @@ def warnings(records):
 def summarize(run):
     """Print the table, write summary.json: its rows, and the round best on dev (without --dev the last)."""
     done = [record for record in run.records if "row" in record]
-    rounds = [record for record in done if record["phase"].startswith("round")][::-1]
+    rounds = [record for record in done if record["phase"] not in ("base", "sft")][::-1]
     best = max(rounds, key=lambda record: record["dev_accuracy"] or 0, default={"phase": None})["phase"]
     summary = {"rows": [record["row"] for record in done], "best": best}
     write(run.out / "summary.json", [summary])

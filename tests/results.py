@@ -23,7 +23,8 @@ import make_toy  # noqa: E402
 RESULTS, SEEDS = ROOT / "runs" / "results", (0, 1, 2)
 TOKENIZER = gsil.AutoTokenizer.from_pretrained(gsil.TOY / "base")
 EOS = {TOKENIZER.eos_token_id}
-PROBLEMS = gsil.read_demos(f"{gsil.TOY}/heldout.jsonl", TOKENIZER, EOS, math.inf, gsil.parse_args([]))
+ROWS = gsil.read_rows(f"{gsil.TOY}/heldout.jsonl", "train")
+PROBLEMS = gsil.read_demos("heldout", ROWS, TOKENIZER, EOS, math.inf, gsil.parse_args([]))
 PERFECT = "--data runs/toy-perfect/demos.jsonl --dev tests/toy/dev.jsonl --heldout tests/toy/heldout.jsonl"
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 import gsil
 from conftest import ROOT, ZEPHYR, byte_tokenizer, tiny_model
@@ -51,8 +51,14 @@ def test_greedy_equals_generate_at_batch_1(model):
         assert response == theirs[0, len(prompt) :].tolist()
 
 
-def test_left_padding_and_order_change_nothing(model):
-    """Sorting by length, padding and rows that leave the batch early must not mix up or alter responses."""
+@pytest.mark.parametrize("positions", ["rotary", "absolute"])
+def test_left_padding_and_order_change_nothing(positions, model):
+    """Sorting by length, padding and rows that leave the batch early must not mix up or alter responses.
+    Rotary positions are relative and forgive a shift; those of GPT-2 do not."""
+    if positions == "absolute":
+        torch.manual_seed(0)
+        shape = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "initializer_range": 0.2}
+        model = GPT2LMHeadModel(GPT2Config(vocab_size=300, **shape)).eval()
     alone = [gsil.sample(model, [prompt], {EOS, 40}, 12, 0, 1, "")[0] for prompt in PROMPTS]
     for batch in (1, 2, 3, 4):
         assert gsil.sample(model, PROMPTS, {EOS, 40}, 12, 0, batch, "") == alone
@@ -150,7 +156,8 @@ def args_for(flags=""):
 
 
 def demos_of(path, tokenizer, flags="", eos_ids=(EOS, 2)):
-    return gsil.read_demos(str(path), tokenizer, set(eos_ids), math.inf, args_for(flags))
+    rows = gsil.read_rows(str(path), "train")
+    return gsil.read_demos(str(path), rows, tokenizer, set(eos_ids), math.inf, args_for(flags))
 
 
 def write_jsonl(path, rows):
@@ -231,8 +238,7 @@ def test_multi_turn_conversations_keep_their_history(tmp_path, tokenizer):
 
 def test_nothing_follows_eos_and_pad_may_be_eos(tmp_path, tokenizer):
     """The template puts a newline after EOS; a response that had it would give the real side away. Here pad
-    == EOS,
-    and masks made by comparing ids with pad would drop the EOS: the model would never learn to stop."""
+    == EOS, and masks made by comparing ids with pad would drop the EOS: the model would never learn to stop."""
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
     (demo,) = demos_of(write_jsonl(tmp_path / "x.jsonl", [SAME["messages"]]), tokenizer)
     assert demo["real_ids"][-1] == EOS and EOS not in demo["real_ids"][:-1]
@@ -246,6 +252,19 @@ def test_real_responses_end_as_the_models_template_does(tmp_path):
     tokenizer = byte_tokenizer(ZEPHYR.replace("{{ m.content }}</s>", "{{ m.content }}<|end|>"))
     (demo,) = demos_of(write_jsonl(tmp_path / "x.jsonl", [SAME["messages"]]), tokenizer)
     assert demo["real_ids"][-1] == 2 and tokenizer.eos_token_id == EOS
+
+
+def test_every_eos_the_model_lists_ends_a_response(tmp_path, tokenizer):
+    """A chat model may end a turn by another id than its tokenizer's EOS; samples would run on to the cap."""
+    model = tiny_model()
+    model.generation_config.eos_token_id = [EOS, 2]
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "model")
+    data = write_jsonl(tmp_path / "x.jsonl", [SAME["messages"]])
+    flags = f"--model {tmp_path}/model --data {data} --out {tmp_path}/out --max-new-tokens 20"
+    args = gsil.parse_args(flags.split())
+    run, _ = gsil.start(args, "gsil-logistic")
+    assert run.eos_ids == {EOS, 2}
 
 
 def test_a_response_is_cut_at_the_cap_without_eos(tmp_path, tokenizer, capsys):
@@ -302,7 +321,7 @@ def test_accumulated_gradients_equal_the_full_batch(loss, monkeypatch):
     for micro in (7, 3):  # 3 + 3 + 1 pairs, of different token counts
         model = tiny_model()
         args = args_for(f"--loss {loss} --batch 7 --micro-batch {micro} --shift 0.5 --scale 1")
-        list(gsil.train_round(model, made_pairs(model), loss, 1, args, "round 1"))
+        list(gsil.train_round(model, made_pairs(model), loss, 1, args, "round 1", "0 round 1"))
     assert torch.allclose(*gradients, atol=1e-5 * gradients[0].abs().max().item() + 1e-7)
     if loss == "sft":  # and sft is the usual mean over tokens
         model = tiny_model()
@@ -318,7 +337,7 @@ def test_one_round_tells_real_from_generated(loss):
     """A sign error in a loss, or references taken from the wrong side, would turn this around."""
     model = tiny_model()
     args = args_for(f"--loss {loss} --batch 4 --scale 0.5 --lr 1e-3 --seed 3")
-    records = list(gsil.train_round(model, made_pairs(model, 8), loss, 10, args, "round 1"))
+    records = list(gsil.train_round(model, made_pairs(model, 8), loss, 10, args, "round 1", "0 round 1"))
     assert records[-1]["real"] > records[-1]["generated"] + 1 and records[-1]["accuracy"] == 1
 
 
@@ -331,7 +350,7 @@ def test_every_pair_is_seen_once_per_epoch(monkeypatch):
         gsil, "pair_losses", lambda m, part, *rest: (seen.append(part), whole(m, part, *rest))[1]
     )
     args = args_for("--batch 3")
-    list(gsil.train_round(model, pairs, "logistic", 2, args, "round 1"))
+    list(gsil.train_round(model, pairs, "logistic", 2, args, "round 1", "0 round 1"))
     assert [len(part) for part in seen] == [3, 3, 1] * 2
     epochs = [[pairs.index(pair) for part in seen[i : i + 3] for pair in part] for i in (0, 3)]
     assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(7)) and epochs[0] != epochs[1]
@@ -344,7 +363,7 @@ def test_a_wrong_reference_stops_the_run(capsys):
     for pair in pairs:
         pair["real_reference"] += 1
     with pytest.raises(SystemExit) as stop:
-        list(gsil.train_round(model, pairs, "logistic", 1, args_for(), "round 1"))
+        list(gsil.train_round(model, pairs, "logistic", 1, args_for(), "round 1", "0 round 1"))
     assert stop.value.code == 2 and "policy and reference disagree" in capsys.readouterr().err
 
 
@@ -354,7 +373,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(capsys):
     pairs, before = made_pairs(model), copy.deepcopy(model.state_dict())
     pairs[0]["real_reference"] = math.nan
     with pytest.raises(SystemExit) as stop:
-        list(gsil.train_round(model, pairs, "logistic", 1, args_for(), "round 1"))
+        list(gsil.train_round(model, pairs, "logistic", 1, args_for(), "round 1", "0 round 1"))
     assert stop.value.code == 2 and "loss nan" in capsys.readouterr().err
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 
@@ -365,7 +384,8 @@ def test_the_shift_is_learned_only_when_asked():
     for flag, moves in (("learn", True), ("2", False)):
         model = tiny_model()
         args = args_for(f"--shift {flag} --batch 4")
-        records = list(gsil.train_round(model, made_pairs(model, 8), "logistic", 8, args, "round 1"))
+        pairs = made_pairs(model, 8)
+        records = list(gsil.train_round(model, pairs, "logistic", 8, args, "round 1", "0 round 1"))
         assert (abs(records[-1]["shift"] - (0 if moves else 2)) > 1e-3) == moves
 
 
@@ -376,7 +396,7 @@ def test_warmup_and_decay():
         args = args_for(f"--warmup {warmup} --batch 1 --lr 1e-4")
         rates = [
             record["lr"]
-            for record in gsil.train_round(model, made_pairs(model, 1), "logistic", 16, args, "r")
+            for record in gsil.train_round(model, made_pairs(model, 1), "logistic", 16, args, "r", "0 r")
         ]
         assert max(rates) <= 1e-4 and rates.index(max(rates)) == flat and rates[-1] < 2e-5
         assert rates[0] == (0 if flat else 1e-4)
@@ -391,7 +411,23 @@ def test_dropout_is_off():
         layer.self_attn.attention_dropout = 0.5
     pairs = made_pairs(model)
     model.train()
-    list(gsil.train_round(model, pairs, "logistic", 1, args_for(), "round 1"))  # would die in check_step
+    (first,) = gsil.train_round(model, pairs, "logistic", 1, args_for(), "round 1", "0 round 1")
+    assert abs(first["real"]) < 1e-4 and abs(first["generated"]) < 1e-4
+
+
+def test_the_loss_sees_scale_times_log_ratio_plus_shift(model):
+    """Without the scale in h the policy would still learn, to another strength than --scale names."""
+    pairs = made_pairs(model, 3)
+    for n, pair in enumerate(pairs):  # pretend the policy has moved by d = n + 1 and d = -1
+        pair["real_reference"] -= n + 1
+        pair["generated_reference"] += 1
+    losses, real, generated = gsil.pair_losses(model, pairs, "logistic", 0.3, 0.5)
+    assert torch.allclose(real, torch.tensor([1.0, 2, 3]), atol=1e-4)
+    assert torch.allclose(generated, torch.tensor([-1.0] * 3), atol=1e-4)
+    for n, loss in enumerate(losses.tolist()):
+        h_real, h_generated = 0.3 * (n + 1) + 0.5, 0.3 * -1 + 0.5
+        by_hand = math.log(1 + math.exp(-h_real)) + math.log(1 + math.exp(h_generated))
+        assert loss == pytest.approx(by_hand, abs=1e-4)
 
 
 # ---- whole runs --------------------------------------------------------------------------------------------
@@ -485,10 +521,10 @@ def test_resume_after_a_stop_equals_an_undisturbed_run(small, tmp_path, monkeypa
     run(small, tmp_path / "whole", "--rounds 2")
     train, sample = gsil.train_round, gsil.sample
 
-    def stops(model, pairs, loss, epochs, args, name):
-        for record in train(model, pairs, loss, epochs, args, name):
+    def stops(*args):
+        for record in train(*args):
             yield record
-            if name == "round 2":
+            if record["phase"] == "round 2":
                 raise KeyboardInterrupt
 
     monkeypatch.setattr(gsil, "train_round", stops)
