@@ -171,7 +171,7 @@ def self_play(policy, run, demos, seed):
     for pair, ids in zip(pairs, responses):
         pair |= {"generated": run.tokenizer.decode(ids), "generated_ids": ids}
     for side in ("real", "generated"):      # the reference: once, by the policy itself, without gradient
-        for pair, logp in zip(pairs, score(policy, pairs, side, run.sample_batch)):
+        for pair, logp in zip(pairs, score(response_logps, policy, texts(pairs, side), run.sample_batch)):
             pair[f"{side}_reference"] = logp
     return pairs
 
@@ -179,8 +179,7 @@ def self_play(policy, run, demos, seed):
 def pair_losses(model, pairs, loss, scale, shift):
     """Losses and log-ratios d of real and of generated responses, (B,) each; sft: -log pi, log pi, empty."""
     sides = ("real",) if loss == "sft" else ("real", "generated")
-    both = [(pair["prompt_ids"], pair[f"{side}_ids"]) for side in sides for pair in pairs]
-    logps = response_logps(model, both)                                                    # (2B,); sft: (B,)
+    logps = response_logps(model, sum((texts(pairs, side) for side in sides), []))         # (2B,); sft: (B,)
     if loss == "sft":
         return -logps, logps, logps[:0]
     reference = [pair[f"{side}_reference"] for side in sides for pair in pairs]
@@ -194,12 +193,9 @@ def train_round(model, pairs, loss, epochs, args, name, seed):
     learned = args.shift == "learn"
     shift = torch.tensor(0.0 if learned else args.shift, device=model.device, requires_grad=learned)
     groups = [{"params": list(model.parameters())}, {"params": [shift], "lr": args.shift_lr}]
-    make = {"adamw": torch.optim.AdamW, "rmsprop": torch.optim.RMSprop}[args.optimizer]
-    optimizer = make(groups, lr=args.lr, weight_decay=0)    # leaves a shift that is not learned alone
     per_epoch, step, seconds = math.ceil(len(pairs) / args.batch), 0, 0.0
     steps = round(epochs * per_epoch)
-    warmup = round(args.warmup if args.warmup >= 1 else args.warmup * steps)
-    schedule = get_scheduler(args.decay, optimizer, num_warmup_steps=warmup, num_training_steps=steps)
+    optimizer, schedule = make_optimizer(groups, args.lr, steps, args)
     for epoch in range(1, math.ceil(epochs) + 1):
         order = random.Random(f"{seed} {epoch}").sample(pairs, len(pairs))
         for batch in chunks(order, args.batch)[:steps - step]:
@@ -222,6 +218,7 @@ def train_round(model, pairs, loss, epochs, args, name, seed):
                 yield {"phase": name, "step": step, "steps": steps, "epoch": step / per_epoch,
                        "loss": total, "real": fmean(real), **pairwise, "grad_norm": norm,
                        "lr": schedule.get_last_lr()[0], "seconds": seconds}
+                seconds = 0.0
             schedule.step()
 
 
@@ -240,7 +237,7 @@ def main(args):
                 run, name, t, lambda: self_play(policy, run, run.demos, seed))
             for record in train_round(policy, pairs, args.loss, args.epochs, args, name, seed):
                 log(run, record)
-            save_model(run, policy, folder)
+            save_model(policy, run.tokenizer, folder)
         evaluate(run, name, policy)
     if args.baseline == "sft" and args.loss != "sft" and args.rounds:
         sft_baseline(run, args, 3 * args.epochs * args.rounds * args.samples_per_prompt)
@@ -302,15 +299,24 @@ def collate(pairs, device, side="right"):
     mask = [torch.tensor([False] * len(prompt) + [True] * len(response)) for prompt, response in pairs]
     return [pad_sequence(rows, batch_first=True, padding_side=side).to(device) for rows in (ids, mask)]
 
+def texts(pairs, side):
+    return [(pair["prompt_ids"], pair[f"{side}_ids"]) for pair in pairs]
+
 @torch.no_grad()
-def score(model, pairs, side, batch):
-    """log pi(y|x) of every pair's "real" or "generated" response: floats in nats, in the order of pairs."""
-    both = [(pair["prompt_ids"], pair[f"{side}_ids"]) for pair in pairs]
-    logps, order = [0.0] * len(both), sorted(range(len(both)), key=lambda i: len(both[i][0] + both[i][1]))
+def score(measure, model, both, batch):
+    """measure(model, [(prompt ids, response ids)]) in batches of similar length: floats, same order."""
+    values, order = [0.0] * len(both), sorted(range(len(both)), key=lambda i: len(both[i][0] + both[i][1]))
     for rows in tqdm(chunks(order, batch), desc="scoring", leave=False, disable=None):
-        for i, logp in zip(rows, response_logps(model, [both[i] for i in rows]).tolist()):
-            logps[i] = logp
-    return logps
+        for i, value in zip(rows, measure(model, [both[i] for i in rows]).tolist()):
+            values[i] = value
+    return values
+
+def make_optimizer(groups, lr, steps, args):
+    """AdamW or RMSprop without weight decay, which leaves a shift that is not learned alone; its schedule."""
+    make = {"adamw": torch.optim.AdamW, "rmsprop": torch.optim.RMSprop}[args.optimizer]
+    optimizer = make(groups, lr=lr, weight_decay=0)
+    warmup = round(args.warmup if args.warmup >= 1 else args.warmup * steps)
+    return optimizer, get_scheduler(args.decay, optimizer, num_warmup_steps=warmup, num_training_steps=steps)
 
 def check_step(model, name, step, total, norm, loss, shift):
     """Stop before a bad step: numbers not finite, or a first loss that is not that of policy == reference."""
@@ -438,11 +444,11 @@ def load_model(path, device):
     except (OSError, ValueError) as error:
         die(f"{path}: not a causal language model: {str(error).splitlines()[0]}")
 
-def save_model(run, policy, folder):
+def save_model(model, tokenizer, folder):
     """HF format, written beside its place and moved there when complete, with the samples of the round."""
     partial = folder.with_name(folder.name + ".partial")
-    policy.save_pretrained(partial)
-    run.tokenizer.save_pretrained(partial)
+    for part in (model, tokenizer):
+        part.save_pretrained(partial)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(partial, folder)
 
@@ -501,12 +507,12 @@ def evaluate(run, name, policy):
     if run.heldout:
         sampled, ids = answers(run, policy, problems, 1)
         tokens = sum(len(problem["real_ids"]) for problem in problems)
-        nll = -sum(score(policy, problems, "real", run.sample_batch)) / tokens
+        nll = -sum(score(response_logps, policy, texts(problems, "real"), run.sample_batch)) / tokens
         row |= zip(COLUMNS, [greedy, sampled, len(ids), nll, fmean(map(len, ids)),
                              fmean(response[-1] in run.eos_ids for response in ids)])
-    seconds = {"step" in r: r["seconds"] for r in run.records if r["phase"] == name}    # sampling, last step
-    log(run, {"phase": name, "row": row | {"seconds": sum(seconds.values())}, "dev_accuracy":
-              run.dev and answers(run, policy, run.dev, 0)[0], "says": run.tokenizer.decode(first[0])})
+    row["seconds"] = sum(record["seconds"] for record in run.records if record["phase"] == name)
+    log(run, {"phase": name, "row": row, "dev_accuracy": run.dev and answers(run, policy, run.dev, 0)[0],
+              "says": run.tokenizer.decode(first[0])})
     for sentence in warnings(run.records) if name != "sft" else []:
         print(f"warning, {name}: {sentence}")
 
@@ -519,7 +525,7 @@ def sft_baseline(run, args, epochs):
             record["dev_accuracy"] = dev = run.dev and answers(run, policy, run.dev, 0)[0]
             if dev is None or dev > best:
                 best = dev
-                save_model(run, policy, run.out / "sft")
+                save_model(policy, run.tokenizer, run.out / "sft")
         log(run, record)
     evaluate(run, "sft", load_model(run.out / "sft", run.device))
 

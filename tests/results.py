@@ -48,12 +48,13 @@ def look(policy, seed):
         found = map(gsil.final_answer, texts[key])
         right[key] = [answer == problem["answer"] for answer, problem in zip(found, PROBLEMS)]
     worked = ["=" in text for text in texts["sampled"]]
+    logps = gsil.score(gsil.response_logps, policy, gsil.texts(PROBLEMS, "real"), 256)
     return {
         "greedy": fmean(right["greedy"]),
         "sampled": fmean(right["sampled"]),
         "shows working": fmean(worked),
         "right if worked": sum(r and w for r, w in zip(right["sampled"], worked)) / max(1, sum(worked)),
-        "NLL": -sum(gsil.score(policy, PROBLEMS, "real", 256)) / sum(len(p["real_ids"]) for p in PROBLEMS),
+        "NLL": -sum(logps) / sum(len(problem["real_ids"]) for problem in PROBLEMS),
     }
 
 

@@ -119,7 +119,8 @@ def test_logps_equal_a_naive_loop_for_any_batch(model):
     assert gsil.response_logps(model, PAIRS[::-1]).tolist() == pytest.approx(expected[::-1], abs=1e-4)
     rows = [{"prompt_ids": prompt, "real_ids": response} for prompt, response in PAIRS]
     for batch in (1, 2, 3):
-        assert gsil.score(model, rows, "real", batch) == pytest.approx(expected, abs=1e-4)
+        found = gsil.score(gsil.response_logps, model, gsil.texts(rows, "real"), batch)
+        assert found == pytest.approx(expected, abs=1e-4)
 
 
 def test_logps_leave_their_inputs_alone(model):
@@ -237,8 +238,8 @@ def test_multi_turn_conversations_keep_their_history(tmp_path, tokenizer):
 
 
 def test_nothing_follows_eos_and_pad_may_be_eos(tmp_path, tokenizer):
-    """The template puts a newline after EOS; a response that had it would give the real side away. Here pad
-    == EOS, and masks made by comparing ids with pad would drop the EOS: the model would never learn to stop."""
+    """The template puts a newline after EOS; a response that had it would give the real side away. And pad
+    is EOS here: masks made by comparing ids with pad would drop it, the model would never learn to stop."""
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
     (demo,) = demos_of(write_jsonl(tmp_path / "x.jsonl", [SAME["messages"]]), tokenizer)
     assert demo["real_ids"][-1] == EOS and EOS not in demo["real_ids"][:-1]
@@ -302,7 +303,7 @@ def made_pairs(model, n=7, seed=0):
 
     pairs = [{"prompt_ids": ids(1, 6), "real_ids": ids(1, 8), "generated_ids": ids(1, 8)} for _ in range(n)]
     for side in ("real", "generated"):
-        for pair, logp in zip(pairs, gsil.score(model, pairs, side, 3)):
+        for pair, logp in zip(pairs, gsil.score(gsil.response_logps, model, gsil.texts(pairs, side), 3)):
             pair[f"{side}_reference"] = logp
     return pairs
 
