@@ -3,7 +3,8 @@
 A row is one `python gsil.py ...` command, run with --seed 0, 1 and 2 (runs/results keeps what was run, so a
 second call only prints). Each number is a mean over the seeds, all on the same 500 held-out problems. The
 interval is 1.96 sqrt(p (1 - p) / 500 + s^2 / 3): the first term is for the choice of problems, the second for
-the seeds, s being their standard deviation; seconds are a median. Sampled numbers are from one sample a problem, at temperature 1.
+the seeds, s being their standard deviation. Sampled numbers are from one sample a problem, at temperature 1.
+Seconds are a median.
 """
 
 import json
