@@ -318,10 +318,13 @@ def make_optimizer(groups, lr, steps, args):
     warmup = round(args.warmup if args.warmup >= 1 else args.warmup * steps)
     return optimizer, get_scheduler(args.decay, optimizer, num_warmup_steps=warmup, num_training_steps=steps)
 
+def check_finite(where, loss, norm):
+    if not math.isfinite(loss + norm):
+        die(f"{where}: loss {loss}, gradient {norm}; finished rounds are safe, lower --lr")
+
 def check_step(model, name, step, total, norm, loss, shift):
     """Stop before a bad step: numbers not finite, or a first loss that is not that of policy == reference."""
-    if not math.isfinite(total + norm):
-        die(f"{name}, step {step + 1}: loss {total}, gradient {norm}; finished rounds are safe, lower --lr")
+    check_finite(f"{name}, step {step + 1}", total, norm)
     expected = total if loss == "sft" or step else LOSSES[loss](shift, shift).item()
     if abs(total - expected) > (0.1 if model.device.type == "cuda" else 0.01) * max(1, abs(expected)):
         die(f"{name}: policy and reference disagree: first loss {total:.4f}, it should be {expected:.4f}")
@@ -434,8 +437,8 @@ def start(args, label):
                or (out / f"round_{record['phase'].split()[-1]}").exists()]
     write(out / "args.json", [vars(args)])
     return argparse.Namespace(**vars(args) | {
-        "out": out, "device": device, "tokenizer": tokenizer, "eos_ids": eos_ids, "demos": demos, "dev": dev,
-        "heldout": heldout, "records": records}), policy
+        "out": out, "device": device, "tokenizer": tokenizer, "eos_ids": eos_ids, "window": window,
+        "demos": demos, "dev": dev, "heldout": heldout, "records": records}), policy
 
 def load_model(path, device):
     """A causal language model with fp32 weights."""
@@ -510,7 +513,7 @@ def evaluate(run, name, policy):
         nll = -sum(score(response_logps, policy, texts(problems, "real"), run.sample_batch)) / tokens
         row |= zip(COLUMNS, [greedy, sampled, len(ids), nll, fmean(map(len, ids)),
                              fmean(response[-1] in run.eos_ids for response in ids)])
-    row["seconds"] = sum(record["seconds"] for record in run.records if record["phase"] == name)
+    row["seconds"] = sum(record.get("seconds", 0) for record in run.records if record["phase"] == name)
     log(run, {"phase": name, "row": row, "dev_accuracy": run.dev and answers(run, policy, run.dev, 0)[0],
               "says": run.tokenizer.decode(first[0])})
     for sentence in warnings(run.records) if name != "sft" else []:

@@ -1,0 +1,789 @@
+"""RFT and IRFT, reward learning from demonstrations (arXiv 2405.17888), in one file.
+
+Which reward explains the demonstrations? One under which they are better than anything the model would
+write itself: maximum-likelihood inverse reinforcement learning, over rewards r and policies pi,
+
+    min over r, max over pi of   E_pi[r(x, y)] - kl KL(pi || pi_ref) - E_demonstrations[r(x, y)]
+
+whose inner optimum is pi_ref exp(r/kl) / Z. RFT (Algorithm 1) keeps r in a reward model of its own. A round:
+the policy answers the demonstrations' prompts; the reward learns to put the demonstration y+ above that
+answer y-; the policy improves on r - kl log pi/pi_ref, pi_ref being the policy at the very start. IRFT
+(Algorithm 2) has no reward model: its reward is scale log pi/pi_ref, so reward and policy are one; pi_ref is
+the policy at the start of a chunk of demonstrations, and -log s(scale (d(y+) - d(y-))) is SPIN's loss.
+
+One round fitted to its optimum is pi_ref (p/pi_ref)^(1/kl) / Z for RFT, and with scale in the place of kl for
+IRFT, SPIN and GSIL; p is how the demonstrators write. So 1 imitates them, less than 1 goes past them. The
+policy step is REINFORCE with leave-one-out advantages, with --ppo-epochs > 1 PPO's clipped ratio, of whole
+responses. Differs from the official code: ids stay as sampled, EOS only where it was sampled; the reward is
+read at the last token of a response in training and in use; the SFT baseline is plain cross-entropy.
+
+    python irft.py                                  # RFT on the built-in toy, about a minute on two CPU cores
+    python irft.py --method irft --chunks 5
+    python irft.py --preferences prefs.jsonl --preference-weight 0.5
+"""
+import argparse
+import json
+import math
+import os
+import random
+import re
+import shutil
+import sys
+import time
+from pathlib import Path
+from statistics import fmean
+
+import torch
+import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer,
+                          get_scheduler)
+from transformers.utils import logging as hf_logging
+
+TOY = Path(__file__).parent / "tests" / "toy"
+
+
+def parse_args(argv=None):
+    """Flags -> Namespace; the defaults suit the built-in toy and were chosen on its dev problems."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    flag = parser.add_argument
+    flag("--method", choices=["rft", "irft"], default="rft", help="an explicit or an implicit reward")
+    # data: what is imitated, and what is checked
+    flag("--model", default=str(TOY / "base"), help="the start policy: folder or Hub name")
+    flag("--data", default=str(TOY / "demos.jsonl"), help=".jsonl .json .csv .parquet or Hub name")
+    flag("--split", default="train", help="split of a Hub dataset")
+    flag("--dev", help="problems to choose the best round by; checkable answers end in '#### value'")
+    flag("--heldout", help="problems for the table, in the same form")
+    flag("--prompt-template", help="text with {prompt}, instead of the chat template")
+    flag("--max-new-tokens", type=number(int, 1), default=256, help="of any response, real or generated")
+    flag("--samples-per-prompt", type=number(int, 1), default=1, help="pairs per demonstration")
+    flag("--temperature", type=number(float, 0), default=1.0, help="of generated responses; 0: greedy")
+    flag("--baseline", choices=["sft", "none"], default="sft", help="SFT, same start, at least our compute")
+    # IRFT
+    flag("--chunks", type=number(int, 1), default=1, help="parts of the data; paper: 5 to 8")
+    flag("--loss", choices=[*LOSSES], default="spin", help="linear: the raw gradient of inverse RL")
+    flag("--scale", type=number(float, above=0), default=0.3, help="1 imitates, smaller goes further past")
+    flag("--epochs", type=number(int, 1), default=2, help="passes over the pairs of a chunk")
+    flag("--steps-per-chunk", type=number(int, 1), help="instead of --epochs")
+    # RFT: the reward
+    flag("--rounds", type=number(int, 0), default=1, help="each: sample, reward steps, policy steps")
+    flag("--reward-model", help="what the reward starts from, default: --model; with the same tokenizer")
+    flag("--reward-loss", choices=[*REWARD_LOSSES], default="logistic", help="linear: needs a penalty")
+    flag("--reward-steps", type=number(int, 1), default=64, help="of a round; later ones go on from it")
+    flag("--reward-lr", type=number(float, above=0), default=1e-3, help="peak learning rate of the reward")
+    flag("--reward-penalty", type=number(float, 0), default=0.01, help="times r^2, added to its loss")
+    flag("--reward-pairs", choices=["last", "all"], default="last", help="of this round or all so far")
+    flag("--freeze-layers", type=number(float, 0), default=0.0, help="share, the first, of the reward")
+    flag("--preferences", help="file or Hub name, chosen/rejected: joins the fit of the reward")
+    flag("--preference-weight", type=number(float, 0), default=0.5, help="of their loss; pairs have 1")
+    # RFT: the policy
+    flag("--kl", type=number(float, 0), default=0.1, help="to the start policy; 1 imitates, less goes past")
+    flag("--policy-steps", type=number(int, 1), default=24, help="in a round, each on fresh samples")
+    flag("--policy-lr", type=number(float, above=0), default=1e-3, help="peak learning rate of these")
+    flag("--policy-batch", type=number(int, 1), default=64, help="prompts per policy step")
+    flag("--group-size", type=number(int, 1), default=4, help="samples per prompt, at least 2")
+    flag("--ppo-epochs", type=number(int, 1), default=1, help="steps on the same samples; > 1: clipped")
+    flag("--clip-ratio", type=number(float, above=0), default=0.2, help="PPO's epsilon")
+    # the optimizer
+    flag("--optimizer", choices=["adamw", "rmsprop"], default="adamw", help="official: rmsprop")
+    flag("--lr", type=number(float, above=0), default=2e-4, help="peak learning rate; official for 7B: 5e-7")
+    flag("--warmup", type=number(float, 0), default=0, help="steps, or below 1 a share of the round's steps")
+    flag("--decay", choices=["linear", "cosine", "constant_with_warmup"], default="linear", help="of lr")
+    flag("--batch", type=number(int, 1), default=32, help="pairs per step")
+    flag("--micro-batch", type=number(int, 1), help="pairs per forward pass: less memory, same gradient")
+    flag("--clip", type=number(float, above=0), default=1.0, help="largest gradient norm")
+    flag("--seed", type=number(int, 0), default=0, help="of the samples and the order of pairs")
+    # the run
+    flag("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto", help="auto: the first there is")
+    flag("--sample-batch", type=number(int, 1), default=256, help="prompts sampled, or scored, at a time")
+    flag("--out", help="folder for the results; default: the next free runs/irft-METHOD-N")
+    flag("--resume", metavar="DIR", help="continue that run by its own flags; --rounds may be raised")
+    return complete(parser.parse_args(argv), parser)
+
+
+# ---- 1. Sample: what would the model answer itself? --------------------------------------------------------
+
+@torch.no_grad()
+def sample(model, prompts, eos_ids, max_new_tokens, temperature, batch, seed):
+    """Responses y ~ pi(.|x), the model's plain softmax: a top-k, top-p or penalty it ships is not used.
+
+    prompts: lists of token ids. Returns such lists in the same order; a response ends in one of eos_ids if
+    and only if that was sampled, else it has max_new_tokens ids. temperature 0 is greedy. seed: any string.
+    """
+    responses = [[] for _ in prompts]
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))          # similar lengths together
+    for n, rows in enumerate(tqdm(chunks(order, batch), desc="sampling", leave=False, disable=None)):
+        generator = torch.Generator(model.device).manual_seed(random.Random(f"{seed} {n}").getrandbits(60))
+        ids, mask = collate([([], prompts[i]) for i in rows], model.device, "left")             # (B, P) each
+        cache = None
+        for _ in range(max_new_tokens):
+            positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1]:]    # pads do not count
+            with autocast(model):
+                out = model(input_ids=ids, attention_mask=mask, position_ids=positions,
+                            past_key_values=cache, use_cache=True, logits_to_keep=1)
+            cache, logits = out.past_key_values, out.logits[:, -1].float()      # (B, V)
+            tokens = logits.argmax(-1) if temperature == 0 else torch.multinomial(
+                (logits / temperature).softmax(-1), 1, generator=generator)[:, 0]               # (B,)
+            for i, token in zip(rows, tokens.tolist()):
+                responses[i].append(token)
+            alive = [k for k, i in enumerate(rows) if responses[i][-1] not in eos_ids]
+            if not alive:
+                break
+            if len(alive) < len(rows):                                          # finished rows cost no more
+                keep = torch.tensor(alive, device=model.device)
+                cache.batch_select_indices(keep)
+                rows, tokens, mask = [rows[k] for k in alive], tokens[keep], mask[keep]
+            ids = tokens[:, None]                                               # (B, 1): the cache has more
+            mask = F.pad(mask, (0, 1), value=True)
+    return responses
+
+
+# ---- 2. Log-probs: how likely does a model find a response? ------------------------------------------------
+
+def response_logps(model, pairs):
+    """log pi(y|x) in nats, summed over the response's tokens: [(prompt ids, response ids)] -> (B,) float32.
+
+    Padding is on the right and attention is causal: no token sees the pads behind it, no mask is needed.
+    """
+    ids, mask = collate(pairs, model.device)                            # (B, T), mask is True at responses
+    width = ids.shape[1] - min(len(prompt) for prompt, _ in pairs)      # R: only there are responses,
+    with autocast(model):                                               # so lm_head runs only there
+        logits = model(input_ids=ids, use_cache=False, logits_to_keep=width + 1).logits[:, :-1]    # (B, R, V)
+    ids, mask = ids[:, -width:], mask[:, -width:]                       # (B, R): logits at t predict t + 1
+    logps = -F.cross_entropy(logits.float().flatten(0, 1), ids.flatten(), reduction="none").view_as(ids)
+    return torch.where(mask, logps, 0.0).sum(-1)                        # (B,)
+
+
+# ---- 3. IRFT: an implicit reward, scale * log pi/pi_ref ----------------------------------------------------
+
+H_MAX = 5.0     # a probability ratio of e^5 = 148: pairs that far apart are told apart, and done with
+
+# (h_real, h_generated) -> loss per pair, all (B,); h = scale * d, d the log-ratio log pi/pi_t of a response.
+LOSSES = {
+    # -log s(h+ - h-)   optimum log p/pi_t + any constant of the prompt; this is SPIN, arXiv 2401.01335
+    "spin": lambda h_real, h_generated: -F.logsigmoid(h_real - h_generated),
+    # -(h+ - h-)        the raw gradient; held beyond H_MAX, else it would fall for ever
+    "linear": lambda h_real, h_generated: -h_real.clamp(max=H_MAX) + h_generated.clamp(min=-H_MAX),
+}
+
+
+def self_play(policy, run, demos, seed):
+    """The pairs of a round: each demonstration beside fresh responses of the policy; log pi_t of both."""
+    pairs = [dict(demo) for demo in demos for _ in range(run.samples_per_prompt)]
+    responses = sample(policy, [pair["prompt_ids"] for pair in pairs], run.eos_ids, run.max_new_tokens,
+                       run.temperature, run.sample_batch, seed)             # y- ~ pi_t(.|x)
+    for pair, ids in zip(pairs, responses):
+        pair |= {"generated": run.tokenizer.decode(ids), "generated_ids": ids}
+    for side in ("real", "generated"):      # the reference: once, by the policy itself, without gradient
+        for pair, logp in zip(pairs, score(response_logps, policy, texts(pairs, side), run.sample_batch)):
+            pair[f"{side}_reference"] = logp
+    return pairs
+
+
+def pair_losses(model, pairs, loss, scale, shift):
+    """Losses and log-ratios d of real and of generated responses, (B,) each; sft: -log pi, log pi, empty."""
+    sides = ("real",) if loss == "sft" else ("real", "generated")
+    logps = response_logps(model, sum((texts(pairs, side) for side in sides), []))         # (2B,); sft: (B,)
+    if loss == "sft":
+        return -logps, logps, logps[:0]
+    reference = [pair[f"{side}_reference"] for side in sides for pair in pairs]
+    d_real, d_generated = (logps - torch.tensor(reference, device=model.device)).chunk(2)          # (B,) each
+    return LOSSES[loss](scale * d_real + shift, scale * d_generated + shift), d_real, d_generated
+
+
+def train_round(model, pairs, loss, epochs, args, name, seed):
+    """Train the policy in place, every pair once an epoch; yields metrics every 16 steps and each epoch."""
+    model.eval()                            # no dropout: log-ratios must be 0 before the first step
+    learned = args.shift == "learn"
+    shift = torch.tensor(0.0 if learned else args.shift, device=model.device, requires_grad=learned)
+    groups = [{"params": list(model.parameters())}, {"params": [shift], "lr": args.shift_lr}]
+    per_epoch, step, seconds = math.ceil(len(pairs) / args.batch), 0, 0.0
+    steps = round(epochs * per_epoch)
+    optimizer, schedule = make_optimizer(groups, args.lr, steps, args)
+    for epoch in range(1, math.ceil(epochs) + 1):
+        order = random.Random(f"{seed} {epoch}").sample(pairs, len(pairs))
+        for batch in chunks(order, args.batch)[:steps - step]:
+            total, real, generated, began = 0.0, [], [], time.time()
+            # the loss is a mean over pairs; for sft over tokens, as cross-entropy usually is
+            weight = sum(len(pair["real_ids"]) for pair in batch) if loss == "sft" else len(batch)
+            for part in chunks(batch, args.micro_batch or args.batch):
+                losses, d_real, d_generated = pair_losses(model, part, loss, args.scale, shift)
+                (losses.sum() / weight).backward()              # parts add up to the gradient of the batch
+                total += losses.sum().item() / weight
+                real, generated = real + d_real.tolist(), generated + d_generated.tolist()
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip).item()
+            check_step(model, name, step, total, norm, loss, shift.detach())
+            optimizer.step()
+            optimizer.zero_grad()
+            step, seconds = step + 1, seconds + time.time() - began
+            if step % 16 == 0 or step % per_epoch == 0 or step == steps:
+                pairwise = {} if loss == "sft" else {"generated": fmean(generated), "shift": shift.item(),
+                                                     "accuracy": fmean(map(float.__gt__, real, generated))}
+                yield {"phase": name, "step": step, "steps": steps, "epoch": step / per_epoch,
+                       "loss": total, "real": fmean(real), **pairwise, "grad_norm": norm,
+                       "lr": schedule.get_last_lr()[0], "seconds": seconds}
+                seconds = 0.0
+            schedule.step()
+
+
+# ---- 4. RFT: an explicit reward ----------------------------------------------------------------------------
+
+def reward(model, pairs):
+    """r(x, y) at the response's last token: [(prompt ids, response ids)] -> (B,) float32, for fit and use.
+
+    Padding is on the right and attention is causal, as in response_logps: the pads change nothing.
+    """
+    ids, _ = collate(pairs, model.device)                                               # (B, T)
+    last = torch.tensor([len(prompt) + len(response) - 1 for prompt, response in pairs], device=model.device)
+    with autocast(model):
+        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state     # (B, T, H)
+    hidden = hidden[torch.arange(len(pairs), device=model.device), last]                # (B, H)
+    return F.linear(hidden.float(), model.score.weight)[:, 0]                           # (B,)
+
+
+# (r_real, r_generated) -> loss per pair, all (B,). Their gradients differ by a factor s(r- - r+) per pair.
+REWARD_LOSSES = {
+    # -log s(r+ - r-)   optimum log p/pi_t + any constant of the prompt; reward learning as with preferences
+    "logistic": lambda r_real, r_generated: -F.logsigmoid(r_real - r_generated),
+    # -(r+ - r-)        the paper's gradient; it falls for ever unless --reward-penalty holds it
+    "linear": lambda r_real, r_generated: -(r_real - r_generated),
+}
+
+
+def fit_reward(model, pairs, preferences, args, name, seed):
+    """--reward-steps steps of the reward model: real above generated, chosen above rejected; yields metrics.
+
+    pairs: dicts as self_play makes them; preferences: such dicts (real is chosen, generated is rejected), may
+    be empty. Both losses are means over a batch; --preference-weight multiplies the second.
+    """
+    rng, seconds, parts = random.Random(seed), 0.0, [(pairs, 1.0)] + [(preferences, args.preference_weight)]
+    groups = [{"params": [weight for weight in model.parameters() if weight.requires_grad]}]
+    optimizer, schedule = make_optimizer(groups, args.reward_lr, args.reward_steps, args)
+    for step in range(1, args.reward_steps + 1):
+        total, margins, began = 0.0, [], time.time()
+        for source, weight in parts:
+            batch = rng.sample(source, min(args.batch, len(source)))
+            for part in chunks(batch, args.micro_batch or args.batch):
+                both = texts(part, "real") + texts(part, "generated")
+                r_real, r_generated = reward(model, both).chunk(2)                          # (B,) each
+                losses = REWARD_LOSSES[args.reward_loss](r_real, r_generated)
+                losses = losses + args.reward_penalty * (r_real ** 2 + r_generated ** 2)
+                loss = weight * losses.sum() / len(batch)
+                loss.backward()
+                total += loss.item()
+                margins += (r_real - r_generated).tolist() if source is pairs else []
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip).item()
+        check_finite(f"{name}, reward step {step}", total, norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        seconds += time.time() - began
+        if step % 16 == 0 or step == args.reward_steps:
+            yield {"phase": name, "reward_step": step, "steps": args.reward_steps, "loss": total,
+                   "margin": fmean(margins), "accuracy": fmean(margin > 0 for margin in margins),
+                   "grad_norm": norm, "seconds": seconds}
+            seconds = 0.0
+        schedule.step()
+
+
+def advantages(rewards):
+    """(prompts, samples) -> the same: each reward minus the mean of its prompt's others. Not normalised.
+
+    The others do not depend on this sample, so the gradient stays unbiased; rows sum to zero. Float32 or 64.
+    """
+    others = (rewards.sum(1, keepdim=True) - rewards) / (rewards.shape[1] - 1)          # (P, S)
+    return (rewards - others).detach()
+
+
+def policy_losses(logps, old_logps, advantages, clip):
+    """PPO's clipped objective of whole responses, its negative: (B,) each -> (B,).
+
+    At the first step on a batch the ratio is 1 and the gradient is REINFORCE's, -advantage * grad log pi.
+    """
+    ratio = (logps - old_logps.detach()).exp()
+    advantages = advantages.detach()
+    return -torch.min(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
+
+
+def judge(policy, start_policy, reward_model, both, run):
+    """r, log pi/pi_ref, r - kl log pi/pi_ref and log pi of responses: (B,) each, on the CPU, no gradient."""
+    models = (reward, reward_model), (response_logps, policy), (response_logps, start_policy)
+    r, logps, start_logps = (torch.tensor(score(*model, both, run.sample_batch)) for model in models)
+    return r, logps - start_logps, r - run.kl * (logps - start_logps), logps
+
+
+def improve_policy(policy, start_policy, reward_model, run, name, seed):
+    """--policy-steps steps on E[r - kl * log pi/pi_ref] over fresh samples, in place; yields metrics."""
+    policy.eval()
+    rng, seconds, groups = random.Random(seed), 0.0, [{"params": list(policy.parameters())}]
+    optimizer, schedule = make_optimizer(groups, run.policy_lr, run.policy_steps, run)
+    for step in range(1, run.policy_steps + 1):
+        began, chosen = time.time(), rng.sample(run.demos, min(run.policy_batch, len(run.demos)))
+        prompts = [demo["prompt_ids"] for demo in chosen for _ in range(run.group_size)]
+        responses = sample(policy, prompts, run.eos_ids, run.max_new_tokens, 1.0, run.sample_batch,
+                           f"{seed} {step}")
+        both = list(zip(prompts, responses))                                                # B of them
+        r, kl, objective, old_logps = judge(policy, start_policy, reward_model, both, run)
+        gains = advantages(objective.view(-1, run.group_size)).flatten()                    # (B,)
+        for _ in range(run.ppo_epochs):
+            total = 0.0
+            for rows in chunks(range(len(both)), run.micro_batch or len(both)):
+                logps = response_logps(policy, [both[i] for i in rows])
+                old, gain = (values[list(rows)].to(policy.device) for values in (old_logps, gains))
+                loss = policy_losses(logps, old, gain, run.clip_ratio).sum() / len(both)
+                loss.backward()
+                total += loss.item()
+            norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), run.clip).item()
+            check_finite(f"{name}, policy step {step}", total, norm)
+            optimizer.step()
+            optimizer.zero_grad()
+        schedule.step()
+        seconds += time.time() - began
+        if step % 8 == 0 or step == run.policy_steps:
+            yield {"phase": name, "policy_step": step, "steps": run.policy_steps, "objective":
+                   objective.mean().item(), **measures(r, kl, responses, run), "grad_norm": norm,
+                   "seconds": seconds}
+            seconds = 0.0
+
+
+def rft_round(policy, run, pairs, t, seed):
+    """Algorithm 1, one round: reward learns from pairs, policy from the reward; yields metrics."""
+    name, past = f"rft {t}", run.out / f"round_{t - 1}"
+    reward_model, tokenizer = load_reward(past / "reward" if t > 1 else run.reward_model or run.model, run)
+    start_policy = load_model(run.model, run.device)            # frozen: the third model in memory
+    if run.reward_pairs == "all":
+        pairs = sum((read(run.out / f"round_{k}" / "generated.jsonl") for k in range(1, t)), pairs)
+    yield from fit_reward(reward_model, pairs, run.preferences, run, name, seed)
+    before = report(policy, start_policy, reward_model, run, name, f"{seed} before")
+    yield {**before, "when": "before the policy steps"}
+    yield from improve_policy(policy, start_policy, reward_model, run, name, seed)
+    after = report(policy, start_policy, reward_model, run, name, f"{seed} after")
+    yield {**after, "when": "after the policy steps"}
+    for sentence in reward_warnings(before, after):
+        print(f"warning, {name}: {sentence}")
+    save_model(reward_model, tokenizer, run.out / f"round_{t}.partial" / "reward")
+
+
+# ---- 5. The whole method -----------------------------------------------------------------------------------
+
+def main(args):
+    """Base, rounds, SFT baseline; returns what summary.json holds: the table's rows, the best round."""
+    run, policy = start(args, f"irft-{args.method}")
+    run.preferences = read_preferences(args.preferences, run, args) if args.preferences else []
+    evaluate(run, "base", policy)
+    irft = args.method == "irft"
+    for t in range(1, (args.chunks if irft else args.rounds) + 1):
+        name, seed, folder = f"{args.method} {t}", f"{args.seed} round {t}", run.out / f"round_{t}"
+        if folder.exists():                 # a resumed run has this round behind it
+            policy = load_model(folder, run.device)
+        else:
+            demos = run.demos[t - 1::args.chunks] if irft else run.demos        # IRFT: every T-th of them
+            pairs = keep_pairs(run, name, t, lambda: self_play(policy, run, demos, seed))
+            epochs = (args.steps_per_chunk or 0) / math.ceil(len(pairs) / args.batch) or args.epochs
+            for record in (train_round(policy, pairs, args.loss, epochs, args, name, seed) if irft else
+                           rft_round(policy, run, pairs, t, seed)):
+                log(run, record)
+            save_model(policy, run.tokenizer, folder)
+        evaluate(run, name, policy)
+    if args.baseline == "sft":
+        sft_baseline(run, args, budget(run, args))
+    return summarize(run)
+
+
+# ---- PLUMBING: nothing below is specific to the method -----------------------------------------------------
+
+def die(sentence):
+    """A person's mistake: one sentence on stderr, exit code 2."""
+    print(f"error: {sentence}", file=sys.stderr)
+    raise SystemExit(2)
+
+def number(kind, low=-math.inf, above=-math.inf, word=None):
+    """argparse type: a finite int or float, >= low and > above; or this word."""
+    def parse(text):
+        if text != word and not (math.isfinite(kind(text)) and kind(text) >= low and kind(text) > above):
+            raise argparse.ArgumentTypeError(f"{text} is out of range")
+        return text if text == word else kind(text)
+    parse.__name__ = kind.__name__          # argparse: "invalid int value" when kind(text) fails
+    return parse
+
+def complete(args, parser):
+    """Defaults that depend on other flags; with --resume, the flags of that run."""
+    if args.resume:
+        return resumed(args, parser)
+    if args.data == parser.get_default("data"):             # the toy's problems go with its demonstrations
+        args.dev, args.heldout = args.dev or f"{TOY}/dev.jsonl", args.heldout or f"{TOY}/heldout.jsonl"
+    if args.reward_loss == "linear" and not args.reward_penalty:
+        parser.error("--reward-loss linear falls for ever without a --reward-penalty above 0")
+    if args.group_size < 2:
+        parser.error("--group-size 1: an advantage compares responses to one prompt, it takes at least 2")
+    if args.freeze_layers > 1:
+        parser.error(f"--freeze-layers {args.freeze_layers}: it is a share of the layers, from 0 to 1")
+    args.shift, args.shift_lr = 0.0, 0.0                    # of h: it would cancel in both losses
+    return args
+
+def resumed(args, parser):
+    """The flags of the run that --resume names; only --rounds may be raised."""
+    saved = read(Path(args.resume) / "args.json")
+    if not saved:
+        parser.error(f"--resume {args.resume}: no args.json there, so it is not the folder of a run")
+    own = [k for k, v in vars(args).items() if v not in (saved[0].get(k), parser.get_default(k))]
+    if set(own) - {"resume", "rounds"}:
+        parser.error(f"--resume goes on with the flags of that run; these are others: {', '.join(own)}")
+    rounds = max(args.rounds, saved[0]["rounds"])
+    return argparse.Namespace(**saved[0] | {"resume": args.resume, "rounds": rounds})
+
+def chunks(items, size):
+    return [items[start:start + size] for start in range(0, len(items), size)]
+
+def autocast(model):
+    """bf16 matrix products over the fp32 weights on CUDA, plain fp32 elsewhere."""
+    return torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda")
+
+def collate(pairs, device, side="right"):
+    """[([5, 6], [7, 2]), ([5], [9])] -> ids [[5, 6, 7, 2], [5, 9, 0, 0]], mask [[0, 0, 1, 1], [0, 1, 0, 0]].
+
+    Both (B, T), long and bool. The mask comes from lengths: a pad id that is also EOS or a word does no harm.
+    """
+    ids = [torch.tensor(prompt + response) for prompt, response in pairs]
+    mask = [torch.tensor([False] * len(prompt) + [True] * len(response)) for prompt, response in pairs]
+    return [pad_sequence(rows, batch_first=True, padding_side=side).to(device) for rows in (ids, mask)]
+
+def texts(pairs, side):
+    return [(pair["prompt_ids"], pair[f"{side}_ids"]) for pair in pairs]
+
+@torch.no_grad()
+def score(measure, model, both, batch):
+    """measure(model, [(prompt ids, response ids)]) in batches of similar length: floats, same order."""
+    values, order = [0.0] * len(both), sorted(range(len(both)), key=lambda i: len(both[i][0] + both[i][1]))
+    for rows in tqdm(chunks(order, batch), desc="scoring", leave=False, disable=None):
+        for i, value in zip(rows, measure(model, [both[i] for i in rows]).tolist()):
+            values[i] = value
+    return values
+
+def make_optimizer(groups, lr, steps, args):
+    """AdamW or RMSprop without weight decay, which leaves a shift that is not learned alone; its schedule."""
+    make = {"adamw": torch.optim.AdamW, "rmsprop": torch.optim.RMSprop}[args.optimizer]
+    optimizer = make(groups, lr=lr, weight_decay=0)
+    warmup = round(args.warmup if args.warmup >= 1 else args.warmup * steps)
+    return optimizer, get_scheduler(args.decay, optimizer, num_warmup_steps=warmup, num_training_steps=steps)
+
+def check_finite(where, loss, norm):
+    if not math.isfinite(loss + norm):
+        die(f"{where}: loss {loss}, gradient {norm}; finished rounds are safe, lower --lr")
+
+def check_step(model, name, step, total, norm, loss, shift):
+    """Stop before a bad step: numbers not finite, or a first loss that is not that of policy == reference."""
+    check_finite(f"{name}, step {step + 1}", total, norm)
+    expected = total if loss == "sft" or step else LOSSES[loss](shift, shift).item()
+    if abs(total - expected) > (0.1 if model.device.type == "cuda" else 0.01) * max(1, abs(expected)):
+        die(f"{name}: policy and reference disagree: first loss {total:.4f}, it should be {expected:.4f}")
+
+# Columns of the prompt and of the response; the first pair that is all there is used. Without a prompt column
+# the response is a list of messages or an HH transcript, and its last assistant turn is imitated.
+FORMATS = [("prompt", "chosen"), (None, "chosen"), ("prompt", "response"), ("prompt", "completion"),
+           ("question", "answer"), ("instruction", "output"), (None, "real"), (None, "messages"),
+           (None, "conversations")]
+ROLES = {"human": "user", "gpt": "assistant", "Human": "user", "Assistant": "assistant"}
+
+def read_rows(name, split):
+    """Yield (place, row) of a file or Hub dataset: place is what an error names, row a dict of columns."""
+    kind = Path(name).suffix[1:] if Path(name).suffix in (".jsonl", ".json", ".csv", ".parquet") else None
+    if kind and not Path(name).is_file():
+        die(f"{name}: no such file")
+    if kind == "jsonl":
+        for n, line in enumerate(Path(name).read_text(encoding="utf-8").split("\n"), 1):
+            try:
+                if line.strip():
+                    yield f"{name} line {n}", json.loads(line)
+            except json.JSONDecodeError as error:
+                die(f"{name} line {n}: not JSON ({error.msg}); a .jsonl file has one object on each line")
+        return
+    import datasets                         # slow, and a .jsonl file does not need it
+    source = {"path": kind, "data_files": name, "split": "train"} if kind else {"path": name, "split": split}
+    try:
+        yield from ((f"{name} row {n}", row) for n, row in enumerate(datasets.load_dataset(**source), 1))
+    except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
+        die(f"{name}, split {source['split']}: {str(error).splitlines()[0]}")
+
+def to_messages(place, row):
+    """A row in any of FORMATS -> messages, dicts with role and content, the last one by the assistant."""
+    columns = [pair for pair in FORMATS if isinstance(row, dict) and {*pair} - {None} <= {*row}]
+    if not columns:
+        die(f"{place}: found {', '.join(row) if isinstance(row, dict) else row!r}; accepted are the columns "
+            + "; ".join(" + ".join(filter(None, pair)) for pair in FORMATS))
+    before, after = columns[0]
+    prompt, turns = row.get(before), row[after]
+    if before == "instruction" and row.get("input"):
+        prompt = f"{prompt}\n\n{row['input']}"
+    if isinstance(turns, str) and not before:               # HH: "\n\nHuman: ...\n\nAssistant: ..."
+        parts = re.split(r"\n\n(Human|Assistant):", turns)[1:]
+        turns = [{"from": who, "value": text.strip()} for who, text in zip(parts[::2], parts[1::2])]
+    elif not isinstance(turns, list):
+        turns = [{"role": "assistant", "content": turns}]
+    turns = [{"role": ROLES.get(turn.get("from"), turn.get("role", turn.get("from"))),
+              "content": turn.get("value", turn.get("content"))} for turn in turns]
+    while turns and turns[-1]["role"] != "assistant":       # the last assistant turn is the response
+        turns.pop()
+    if before and len(turns) == 1:
+        turns = (prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]) + turns
+    if len(turns) < 2 or not all(isinstance(t["content"], str) and t["content"].strip() for t in turns):
+        die(f"{place}: {before or after} and {after} must hold a prompt and a response, both text, not empty")
+    return turns
+
+def read_demos(name, rows, tokenizer, eos_ids, window, args):
+    """Rows -> dicts with prompt, response (text), prompt_ids, real_ids (EOS included), answer (or None)."""
+    demos = []
+    for place, row in rows:
+        turns = to_messages(place, row)
+        prompt = tokenizer.apply_chat_template(turns[:-1], tokenize=False, add_generation_prompt=True)
+        both = tokenizer.apply_chat_template(turns, tokenize=False)
+        if not both.startswith(prompt) or args.prompt_template and len(turns) > 2:
+            die(f"{place}: the template changes the prompt once it is answered, or lacks room for all turns")
+        # One string is encoded, then cut: some tokenizers treat the start of a string in a way that the model
+        # would not. Only where a token would span the cut is the response encoded alone.
+        prompt_ids, ids = (tokenizer(text, add_special_tokens=False).input_ids for text in (prompt, both))
+        if ids[:len(prompt_ids)] != prompt_ids:
+            ids = prompt_ids + tokenizer(both[len(prompt):], add_special_tokens=False).input_ids
+        real_ids = ids[len(prompt_ids):] + [tokenizer.eos_token_id]
+        end = next(i for i, token in enumerate(real_ids) if token in eos_ids)       # nothing behind EOS
+        if len(prompt_ids) + args.max_new_tokens > window:
+            die(f"{place}: {len(prompt_ids)} prompt tokens + --max-new-tokens exceed the window of {window}")
+        demos.append({"prompt": prompt, "response": turns[-1]["content"], "prompt_ids": prompt_ids,
+                      "real_ids": real_ids[:end + 1][:args.max_new_tokens],
+                      "answer": final_answer(turns[-1]["content"])})
+    cut = sum(demo["real_ids"][-1] not in eos_ids for demo in demos)
+    print(f"{name}: {len(demos)} rows" + f", {cut} cut at --max-new-tokens {args.max_new_tokens}" * (cut > 0))
+    return demos or die(f"{name}: no rows")
+
+def start(args, label):
+    """Device, model, data, folder; prints the header. Returns what all phases need, and the policy."""
+    hf_logging.disable_progress_bar()
+    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    device = best if args.device == "auto" else args.device
+    if device not in ("cpu", best):
+        die(f"--device {device}: PyTorch finds none here, the best is {best}")
+    policy, tokenizer = load_model(args.model, device), AutoTokenizer.from_pretrained(args.model)
+    print(f"{args.model}: {sum(p.numel() for p in policy.parameters()):,} parameters, {device} (--device "
+          f"{args.device}), fp32 weights{', bf16 autocast' if device == 'cuda' else ''}")
+    listed = policy.generation_config.eos_token_id              # an id, a list of ids or None
+    eos_ids = {tokenizer.eos_token_id, *(listed if isinstance(listed, list) else [listed])} - {None}
+    if args.prompt_template:                                    # becomes, and is saved as, the chat template
+        bos = tokenizer.bos_token if tokenizer("a").input_ids[0] == tokenizer.bos_token_id else ""
+        template = args.prompt_template.replace("{prompt}", "{{ messages[0].content }}")
+        tokenizer.chat_template = bos + template + "{{ messages[1].content if messages[1:] }}"
+    if tokenizer.eos_token_id is None or not tokenizer.chat_template:
+        die(f"--model {args.model}: the tokenizer lacks an EOS token, or a chat template: --prompt-template")
+    window = getattr(policy.config, "max_position_embeddings", None) or math.inf
+    demos, dev, heldout = [
+        path and read_demos(path, read_rows(path, args.split), tokenizer, eos_ids, window, args)
+        for path in (args.data, args.dev, args.heldout)]
+    out = Path(args.resume or args.out or next(
+        path for n in range(1, 10 ** 6) if not (path := Path(f"runs/{label}-{n}")).exists()))
+    if out.exists() and any(out.iterdir()) and not args.resume:
+        die(f"--out {out} is not empty; name another folder, or continue that run with --resume {out}")
+    # A resumed run forgets what an interrupted phase has logged: it happens again. So does the SFT baseline.
+    records = [record for record in read(out / "metrics.jsonl") if record["phase"] == "base"
+               or (out / f"round_{record['phase'].split()[-1]}").exists()]
+    write(out / "args.json", [vars(args)])
+    return argparse.Namespace(**vars(args) | {
+        "out": out, "device": device, "tokenizer": tokenizer, "eos_ids": eos_ids, "window": window,
+        "demos": demos, "dev": dev, "heldout": heldout, "records": records}), policy
+
+def load_model(path, device):
+    """A causal language model with fp32 weights."""
+    try:
+        return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).to(device).eval()
+    except (OSError, ValueError) as error:
+        die(f"{path}: not a causal language model: {str(error).splitlines()[0]}")
+
+def load_reward(path, run):
+    """A classifier with one output, the reward, and its tokenizer; a head it lacks starts at zero."""
+    hf_logging.set_verbosity_error()        # transformers would warn of the missing head
+    try:
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            path, num_labels=1, dtype=torch.float32, output_loading_info=True)
+    except (OSError, ValueError) as error:
+        die(f"--reward-model {path}: {str(error).splitlines()[0]}")
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    if not run.tokenizer.get_vocab().items() <= tokenizer.get_vocab().items():
+        die(f"--reward-model {path}: its tokenizer differs from that of {run.model}; both must read one text")
+    if "score.weight" in info["missing_keys"]:
+        torch.nn.init.zeros_(model.score.weight)
+    # transformers reads a classifier at the last token that is not a pad: an EOS must not be one
+    if tokenizer.pad_token_id in {None, *run.eos_ids}:
+        torch.manual_seed(run.seed)
+        tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
+        model.resize_token_embeddings(max(len(tokenizer), model.get_input_embeddings().num_embeddings))
+    model.config.pad_token_id = tokenizer.pad_token_id
+    layers = next(module for module in model.modules() if isinstance(module, torch.nn.ModuleList))
+    for layer in layers[:round(run.freeze_layers * len(layers))]:
+        layer.requires_grad_(False)
+    return model.to(run.device).eval(), tokenizer
+
+def read_preferences(name, run, args):
+    """chosen/rejected rows -> dicts as self_play makes them: chosen is real, rejected is generated."""
+    rows = list(read_rows(name, args.split))
+    for place, row in rows:
+        if not isinstance(row, dict) or not {"chosen", "rejected"} <= {*row}:
+            die(f"{place}: preferences have the columns chosen and rejected, with or without a prompt")
+    chosen, rejected = (
+        read_demos(f"{name}, {side}", [(place, row | {"chosen": row[side]}) for place, row in rows],
+                   run.tokenizer, run.eos_ids, run.window, args) for side in ("chosen", "rejected"))
+    pairs = [real | {"generated_ids": generated["real_ids"]} for real, generated in zip(chosen, rejected)
+             if real["prompt_ids"] == generated["prompt_ids"]]
+    print(f"{name}: {len(pairs)} preferences; {len(rows) - len(pairs)} left out, as their prompts differ")
+    return pairs or die(f"{name}: no two sides answer the same prompt")
+
+def measures(r, kl, responses, run):
+    """Of fresh samples: mean reward, KL in nats per response, length, its correlation with r, EOS share."""
+    length = torch.tensor([float(len(response)) for response in responses])
+    return {"reward": r.mean().item(), "kl": kl.mean().item(), "length": length.mean().item(),
+            "reward_length": torch.corrcoef(torch.stack([r, length]))[0, 1].nan_to_num().item(),
+            "eos": fmean(response[-1] in run.eos_ids for response in responses)}
+
+def report(policy, start_policy, reward_model, run, name, seed):
+    """Dev demonstrations against fresh samples: does the reward tell them apart, how far are we?"""
+    problems = (run.dev or run.demos)[:500]
+    prompts = [problem["prompt_ids"] for problem in problems]
+    responses = sample(policy, prompts, run.eos_ids, run.max_new_tokens, 1.0, run.sample_batch, seed)
+    r, kl, objective, _ = judge(policy, start_policy, reward_model, list(zip(prompts, responses)), run)
+    margins = torch.tensor(score(reward, reward_model, texts(problems, "real"), run.sample_batch)) - r
+    return {"phase": name, "dev_margin": margins.mean().item(), "dev_reward_accuracy":
+            (margins > 0).float().mean().item(), "objective": objective.mean().item(),
+            **measures(r, kl, responses, run)}
+
+def reward_warnings(before, after):
+    """What two reports, before and after the policy steps, show that a person should know: sentences."""
+    found = []
+    if after["kl"] > 0.5 * after["length"] or after["objective"] < before["objective"]:
+        found.append("the policy runs away from its start and gains nothing by it: raise --kl, lower --lr")
+    if abs(before["reward_length"]) > 0.95:
+        found.append("the reward is nearly a function of length: is that what makes demonstrations better?")
+    return found
+
+def budget(run, args):
+    """SFT epochs that cost at least what our rounds did, by the responses trained on, twice."""
+    if args.method == "irft":
+        return 3 * args.samples_per_prompt * math.ceil(
+            (args.steps_per_chunk or 0) * args.batch * args.chunks / len(run.demos) or args.epochs)
+    responses = args.reward_steps * args.batch + args.policy_steps * args.policy_batch * args.group_size
+    return math.ceil(2 * args.rounds * responses / len(run.demos)) or 1
+
+def save_model(model, tokenizer, folder):
+    """HF format, written beside its place and moved there when complete, with the samples of the round."""
+    partial = folder.with_name(folder.name + ".partial")
+    for part in (model, tokenizer):
+        part.save_pretrained(partial)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(partial, folder)
+
+def write(path, rows):
+    """One JSON object a line; the file is there whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    os.replace(partial, path)
+
+def read(path):
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
+    return [json.loads(line) for line in lines]
+
+def keep_pairs(run, name, t, make):
+    """The pairs of round t from their file, which a resumed run may have; else made, and written there."""
+    file, began = run.out / f"round_{t}.partial" / "generated.jsonl", time.time()
+    pairs = read(file) or make()
+    write(file, pairs)
+    start = f"round_{t - 1}" if t > 1 else run.model
+    same = fmean(pair["real_ids"] == pair["generated_ids"] for pair in pairs)
+    log(run, {"phase": name, "start": start, "negatives from": start, "reference": start,
+              "pairs": len(pairs), "identical": same, "seconds": time.time() - began})
+    return pairs
+
+def log(run, record):
+    """Add to metrics.jsonl and print in one line, but for a row, which comes in the table."""
+    run.records.append(record)
+    write(run.out / "metrics.jsonl", run.records)
+    shown = [f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value!r}"
+             for key, value in record.items() if key not in ("phase", "row")]
+    print(f"{record['phase']}: {', '.join(shown)}", flush=True)
+
+def final_answer(text):
+    """GSM8K's convention: what follows '####' on its line, without $ and commas; None without '####'."""
+    found = re.search(r"####[ $]*([^\n]+)", text)
+    return found and found[1].replace(",", "").strip(" .")
+
+def answers(run, policy, problems, temperature):
+    """One response each: (share of right ones, None unless all problems have a '####' answer; token ids)."""
+    ids = sample(policy, [problem["prompt_ids"] for problem in problems], run.eos_ids, run.max_new_tokens,
+                 temperature, run.sample_batch, f"{run.seed} answers")
+    texts = run.tokenizer.batch_decode(ids, skip_special_tokens=True)
+    right = [final_answer(text) == problem["answer"] for text, problem in zip(texts, problems)]
+    return fmean(right) if all(problem["answer"] for problem in problems) else None, ids
+
+COLUMNS = {"greedy_accuracy": "greedy", "sampled_accuracy": "sampled", "n": "n", "heldout_nll": "NLL",
+           "mean_response_tokens": "tokens", "eos_share": "EOS"}    # summary.json: screen
+
+def evaluate(run, name, policy):
+    """Log a row of the table, unless a resumed run has it, and the greedy response to the first prompt."""
+    if any(record["phase"] == name and "row" in record for record in run.records):
+        return
+    row, problems = {"name": name} | dict.fromkeys(COLUMNS), run.heldout or run.demos[:1]
+    greedy, first = answers(run, policy, problems, 0)
+    if run.heldout:
+        sampled, ids = answers(run, policy, problems, 1)
+        tokens = sum(len(problem["real_ids"]) for problem in problems)
+        nll = -sum(score(response_logps, policy, texts(problems, "real"), run.sample_batch)) / tokens
+        row |= zip(COLUMNS, [greedy, sampled, len(ids), nll, fmean(map(len, ids)),
+                             fmean(response[-1] in run.eos_ids for response in ids)])
+    row["seconds"] = sum(record.get("seconds", 0) for record in run.records if record["phase"] == name)
+    log(run, {"phase": name, "row": row, "dev_accuracy": run.dev and answers(run, policy, run.dev, 0)[0],
+              "says": run.tokenizer.decode(first[0])})
+    for sentence in warnings(run.records) if name != "sft" else []:
+        print(f"warning, {name}: {sentence}")
+
+def sft_baseline(run, args, epochs):
+    """SFT from the same start; its best epoch on dev, without --dev the last. At least our compute: a step
+    on pairs has two responses for its one, and sampling costs about as much as a third."""
+    policy, best = load_model(args.model, run.device), -1
+    for record in train_round(policy, run.demos, "sft", epochs, args, "sft", f"{args.seed} sft"):
+        if record["epoch"] % 1 == 0:
+            record["dev_accuracy"] = dev = run.dev and answers(run, policy, run.dev, 0)[0]
+            if dev is None or dev > best:
+                best = dev
+                save_model(policy, run.tokenizer, run.out / "sft")
+        log(run, record)
+    evaluate(run, "sft", load_model(run.out / "sft", run.device))
+
+def warnings(records):
+    """What these records of metrics.jsonl show of the last round that a person should know: sentences."""
+    rounds = [record for record in records if "row" in record and record["phase"] != "sft"]
+    before, now = rounds[-2:] if len(rounds) > 1 else rounds * 2
+    ours = [record for record in records if record["phase"] == now["phase"]]
+    real, found = [record["real"] for record in ours if "generated" in record], []
+    if len(real) >= 4 and fmean(real[-(len(real) // 4):]) < min(-1, fmean(real[:len(real) // 2])):
+        found.append("real responses keep getting less likely: lower --lr, raise --scale, use --loss kliep")
+    if any(record.get("identical", 0) > 0.5 for record in ours):
+        found.append("most samples equal the demonstration: little is left to learn")
+    if (now["row"]["eos_share"] or 0) < (before["row"]["eos_share"] or 0) - 0.1:
+        found.append("fewer responses end in EOS: are demonstrations cut? raise --max-new-tokens")
+    if (now["dev_accuracy"] or 0) < (before["dev_accuracy"] or 0) - 0.03:
+        found.append("the round lost on dev, it over-corrects: fewer --rounds or --epochs, a larger --scale")
+    return found
+
+def summarize(run):
+    """Print the table, write summary.json: its rows, and the round best on dev (without --dev the last)."""
+    done = [record for record in run.records if "row" in record]
+    rounds = [record for record in done if record["phase"] not in ("base", "sft")][::-1]
+    best = max(rounds, key=lambda record: record["dev_accuracy"] or 0, default={"phase": None})["phase"]
+    summary = {"rows": [record["row"] for record in done], "best": best}
+    write(run.out / "summary.json", [summary])
+    print(f"\n{'':10}" + "".join(f"{title:>10}" for title in (*COLUMNS.values(), "seconds")))
+    for row in summary["rows"]:
+        cells = ("-" if row[key] is None else f"{row[key]:.3g}" for key in (*COLUMNS, "seconds"))
+        print(f"{row['name']:10}" + "".join(f"{cell:>10}" for cell in cells))
+    print(f"best round: {best}; results in {run.out}")
+    return summary
+
+
+if __name__ == "__main__":
+    main(parse_args())
