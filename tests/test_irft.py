@@ -300,8 +300,8 @@ def test_one_chunk_is_a_round_of_gsil_with_spin(small, tmp_path):  # noqa: F811
     run(small, tmp_path / "irft", "--method irft --baseline none")
     flags = f"--loss spin --baseline none --data {small}/demos.jsonl --out {tmp_path}/gsil"
     gsil.main(gsil.parse_args(flags.split()))
-    samples = [(tmp_path / script / "round_1" / "generated.jsonl").read_bytes() for script in ("irft", "gsil")]
-    assert samples[0] == samples[1]
+    ours, theirs = (tmp_path / script / "round_1" / "generated.jsonl" for script in ("irft", "gsil"))
+    assert ours.read_bytes() == theirs.read_bytes()
     assert weights(tmp_path / "irft" / "round_1") == weights(tmp_path / "gsil" / "round_1")
 
 
