@@ -1,14 +1,16 @@
-"""Runs and prints README's tables: `python tests/results.py`, about 25 minutes on 2 CPU cores.
+"""Runs and prints README's tables: `python tests/results.py gsil` or `irft`, 30 or 60 minutes on 2 CPU cores.
 
-A row is one `python gsil.py ...` command, run with --seed 0, 1 and 2 (runs/results keeps what was run, so a
-second call only prints). Each number is a mean over the seeds, all on the same 500 held-out problems. The
-interval is 1.96 sqrt(p (1 - p) / 500 + s^2 / 3): the first term is for the choice of problems, the second for
-the seeds, s being their standard deviation. Sampled numbers are from one sample a problem, at temperature 1.
-Seconds are a median.
+A row is one `python gsil.py ...` or `python irft.py ...` command, run with --seed 0, 1 and 2 (runs/results
+keeps what was run, so a second call only prints). Each number is a mean over the seeds, all on the same 500
+held-out problems. The interval is 1.96 sqrt(p (1 - p) / 500 + s^2 / 3): the first term is for the choice of
+problems, the second for the seeds, s being their standard deviation. Sampled numbers are from one sample a
+problem, at temperature 1. Seconds are a median.
 """
 
+import functools
 import json
 import math
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -27,16 +29,24 @@ EOS = {TOKENIZER.eos_token_id}
 ROWS = gsil.read_rows(f"{gsil.TOY}/heldout.jsonl", "train")
 PROBLEMS = gsil.read_demos("heldout", ROWS, TOKENIZER, EOS, math.inf, gsil.parse_args([]))
 PERFECT = "--data runs/toy-perfect/demos.jsonl --dev tests/toy/dev.jsonl --heldout tests/toy/heldout.jsonl"
+COLUMNS = ["greedy", "sampled", "shows working", "right if worked", "NLL"]
 
 
-def run(flags, seed):
-    """The folder of `python gsil.py FLAGS --seed SEED`, run unless it is there already."""
-    out = RESULTS / ("_".join(flags.replace("--", "").replace("/", "-").split()) or "default") / str(seed)
+def run(script, flags, seed):
+    """The folder of `python SCRIPT.py FLAGS --seed SEED`, run unless it is there already."""
+    words = [script, *flags.replace("--", "").replace("/", "-").split()]
+    out = RESULTS / "_".join(words) / str(seed)
     if not (out / "summary.json").exists():
-        print(f"running: python gsil.py {flags} --seed {seed}", file=sys.stderr, flush=True)
-        command = [sys.executable, "gsil.py", *flags.split(), "--seed", str(seed), "--out", str(out)]
+        print(f"running: python {script}.py {flags} --seed {seed}", file=sys.stderr, flush=True)
+        command = [sys.executable, f"{script}.py", *flags.split(), "--seed", str(seed), "--out", str(out)]
         subprocess.run(command, check=True, cwd=ROOT, capture_output=True)
     return out
+
+
+def guess(problem):
+    """A hasty response to a held-out problem: a bare number, the same one for every model."""
+    value = random.Random(problem["prompt"]).randint(0, make_toy.LARGEST)
+    return TOKENIZER(f"#### {value}").input_ids + [TOKENIZER.eos_token_id]
 
 
 def look(policy, seed):
@@ -49,14 +59,25 @@ def look(policy, seed):
         found = map(gsil.final_answer, texts[key])
         right[key] = [answer == problem["answer"] for answer, problem in zip(found, PROBLEMS)]
     worked = ["=" in text for text in texts["sampled"]]
-    logps = gsil.score(gsil.response_logps, policy, gsil.texts(PROBLEMS, "real"), 256)
+    careful = gsil.score(gsil.response_logps, policy, gsil.texts(PROBLEMS, "real"), 256)
+    hasty = gsil.score(gsil.response_logps, policy, [(p["prompt_ids"], guess(p)) for p in PROBLEMS], 256)
     return {
         "greedy": fmean(right["greedy"]),
         "sampled": fmean(right["sampled"]),
         "shows working": fmean(worked),
         "right if worked": sum(r and w for r, w in zip(right["sampled"], worked)) / max(1, sum(worked)),
-        "NLL": -sum(logps) / sum(len(problem["real_ids"]) for problem in PROBLEMS),
+        "NLL": -sum(careful) / sum(len(problem["real_ids"]) for problem in PROBLEMS),
+        "gap": fmean(careful) - fmean(hasty),
     }
+
+
+@functools.cache
+def looked(folder, seed):
+    """look() at a saved model, kept beside it."""
+    file = folder.with_name(f"{folder.name}.look.json")
+    if not file.exists():
+        file.write_text(json.dumps(look(gsil.load_model(folder, "cpu"), seed)))
+    return json.loads(file.read_text())
 
 
 def cell(values):
@@ -66,72 +87,140 @@ def cell(values):
     return f"{p:.3f} ± {half:.3f}".replace("0.", ".")
 
 
-def load(folder):
-    return gsil.load_model(folder, "cpu")
+def measured(script, flags, key="shows working", folder="round_1"):
+    """One cell: what the three runs of a command show in one respect."""
+    return cell([looked(run(script, flags, seed) / folder, seed)[key] for seed in SEEDS])
 
 
 def extrapolated(folder, factor):
     """base + (sft - base) / factor, weight by weight: goes past the demonstrators without any sampling."""
-    base, sft = load(gsil.TOY / "base"), load(folder / "sft")
+    base, sft = (gsil.load_model(path, "cpu") for path in (gsil.TOY / "base", folder / "sft"))
     with torch.no_grad():
         for start, end in zip(base.parameters(), sft.parameters()):
             start.lerp_(end, 1 / factor)
     return base
 
 
-def seconds(folder, name):
+def seconds(folder, last):
+    """What the rounds took, all of them; or SFT."""
     rows = json.loads((folder / "summary.json").read_text())["rows"]
-    return next(row["seconds"] for row in rows if row["name"] == name)
+    return sum(row["seconds"] for row in rows if (row["name"] == "sft") == (last == "sft"))
 
 
-def table(title, data):
-    """One row per method, all trained on the same data."""
-    main = [run(data, seed) for seed in SEEDS]
-    methods = {
-        "base": (lambda seed: load(gsil.TOY / "base"), None),
-        "SFT": (lambda seed: load(main[seed] / "sft"), lambda seed: seconds(main[seed], "sft")),
-        "SFT weights / .5": (lambda seed: extrapolated(main[seed], 0.5), None),
-        "SFT weights / .3": (lambda seed: extrapolated(main[seed], 0.3), None),
-    }
-    for loss in ("spin", "logistic", "hinge", "brier", "kliep", "lsif"):
-        flags = data if loss == "logistic" else f"--loss {loss} --baseline none {data}".strip()
-        methods[f"--loss {loss}"] = (
-            lambda seed, flags=flags: load(run(flags, seed) / "round_1"),
-            lambda seed, flags=flags: seconds(run(flags, seed), "round 1"),
-        )
-    columns = ["greedy", "sampled", "shows working", "right if worked", "NLL", "seconds"]
-    print(f"\n{title}\n\n| | {' | '.join(columns)} |\n" + "|---" * 7 + "|")
-    for name, (policy, took) in methods.items():
-        looks = [look(policy(seed), seed) for seed in SEEDS]
-        cells = [cell([x[key] for x in looks]) for key in columns[:4]]
-        cells += [f"{fmean(x['NLL'] for x in looks):.4f}", f"{median(map(took, SEEDS)):.0f}" if took else ""]
-        print("|", " | ".join([name, *cells]), "|", flush=True)
+def row(name, looks, took=()):
+    cells = [cell([look[key] for look in looks]) for key in COLUMNS[:4]]
+    cells += [f"{fmean(look['NLL'] for look in looks):.4f}", f"{median(took):.0f}" if took else ""]
+    print("|", " | ".join([name, *cells]), "|", flush=True)
 
 
-def predicted(scale):
-    """Share of worked answers after an exact round: logit = base + (demo - base) / scale, per step count."""
+def method(name, script, flags, last="round_1"):
+    """A row of a table: the model in folder `last` after this command."""
+    folders = [run(script, flags, seed) for seed in SEEDS]
+    looks = [looked(folder / last, seed) for seed, folder in enumerate(folders)]
+    row(name, looks, [seconds(folder, last) for folder in folders])
+
+
+def header(title, columns):
+    print(f"\n{title}\n\n| {' | '.join(columns)} |\n" + "|---" * len(columns) + "|")
+
+
+def predicted(scale, rounds=1):
+    """Share of worked answers after exact rounds: logit = demo + (1 - 1/scale)^rounds (base - demo)."""
     shares = {}
     for steps in (2, 3, 4):
         base, demo = (math.log(1 / make_toy.HASTY[crowd][steps] - 1) for crowd in ("base", "demo"))
-        shares[steps] = 1 / (1 + math.exp(-(base + (demo - base) / scale)))
-    return fmean(shares[problem["response"].count("=")] for problem in PROBLEMS)
+        logit = demo + (1 - 1 / scale) ** rounds * (base - demo)
+        shares[steps] = 1 / (1 + math.exp(-max(-99, min(99, logit))))
+    return f"{fmean(shares[problem['response'].count('=')] for problem in PROBLEMS):.3f}"[-4:]
 
 
-def main():
-    table("python gsil.py --loss LOSS", "")
+def gsil_tables():
     subprocess.run([sys.executable, "tests/toy/make_toy.py", "--perfect"], check=True, cwd=ROOT)
-    table(f"python gsil.py --loss LOSS {PERFECT}", PERFECT)
-    print("\npython gsil.py --scale SCALE\n\n| scale | predicted | measured |\n|---|---|---|")
+    for data in ("", PERFECT):
+        header(f"python gsil.py --loss LOSS {data}", ["", *COLUMNS, "seconds"])
+        row("base", [look(gsil.load_model(gsil.TOY / "base", "cpu"), seed) for seed in SEEDS])
+        method("SFT", "gsil", data, "sft")
+        for factor in (0.5, 0.3):
+            looks = [look(extrapolated(run("gsil", data, seed), factor), seed) for seed in SEEDS]
+            row(f"SFT weights / {factor}", looks)
+        for loss in ("spin", "logistic", "hinge", "brier", "kliep", "lsif"):
+            flags = data if loss == "logistic" else f"--loss {loss} --baseline none {data}".strip()
+            method(f"--loss {loss}", "gsil", flags)
+    header("python gsil.py --scale SCALE", ["scale", "predicted", "measured"])
     for scale in (1.0, 0.7, 0.5, 0.3, 0.2):
         flags = "" if scale == 0.3 else f"--scale {scale} --baseline none"
-        worked = [look(load(run(flags, seed) / "round_1"), seed)["shows working"] for seed in SEEDS]
-        print(f"| {scale} | {predicted(scale):.3f} | {cell(worked)} |", flush=True)
-    print("\npython gsil.py --loss sft --epochs 6 --lr LR\n\n| lr | greedy | sampled |\n|---|---|---|")
+        print(f"| {scale} | {predicted(scale)} | {measured('gsil', flags)} |", flush=True)
+    header("python gsil.py --loss sft --epochs 6 --lr LR", ["lr", "greedy", "sampled"])
     for lr in ("5e-5", "1e-4", "2e-4", "5e-4", "1e-3"):
-        folders = [run(f"--loss sft --epochs 6 --lr {lr}", seed) for seed in SEEDS]
-        looks = [look(load(folder / "round_1"), seed) for seed, folder in enumerate(folders)]
-        print("|", " | ".join([lr, *(cell([x[key] for x in looks]) for key in ("greedy", "sampled"))]), "|")
+        flags = f"--loss sft --epochs 6 --lr {lr}"
+        print("|", " | ".join([lr, *(measured("gsil", flags, key) for key in COLUMNS[:2])]), "|", flush=True)
+
+
+def irft_tables():
+    subprocess.run([sys.executable, "tests/toy/make_toy.py", "--perfect"], check=True, cwd=ROOT)
+    none, irft = "--baseline none", "--method irft"
+    methods = {
+        "SFT": ("", "sft"),
+        "SPIN = IRFT, T = 1": (irft, "round_1"),
+        **{f"IRFT, T = {t}": (f"{irft} --chunks {t} {none}", f"round_{t}") for t in (2, 4, 8)},
+        "RFT": ("", "round_1"),
+        "RFT, preferences": (f"--preferences tests/toy/preferences.jsonl {none}", "round_1"),
+    }
+    header("python irft.py ...", ["", *COLUMNS, "seconds"])
+    row("base", [look(gsil.load_model(gsil.TOY / "base", "cpu"), seed) for seed in SEEDS])
+    for name, (flags, last) in methods.items():
+        method(name, "irft", flags, last)
+
+    header("mean log-prob of careful minus hasty responses to held-out prompts", ["", "gap in nats"])
+    print(f"| base | {look(gsil.load_model(gsil.TOY / 'base', 'cpu'), 0)['gap']:.2f} |")
+    for name, (flags, last) in methods.items():
+        gaps = [looked(run("irft", flags, seed) / last, seed)["gap"] for seed in SEEDS]
+        print(f"| {name} | {fmean(gaps):.2f} ± {1.96 * math.sqrt(variance(gaps) / 3):.2f} |", flush=True)
+
+    header(
+        "one closed form: share of worked answers after one round",
+        ["scale or kl", "predicted", "SPIN, IRFT T = 1", "GSIL logistic", "RFT"],
+    )
+    for scale in ("1", "0.5", "0.3"):
+        rft = f"--kl {scale} --reward-steps 256 --reward-penalty 0 {none}"
+        others = "" if scale == "0.3" else f"--scale {scale} {none}"
+        commands = ("irft", f"{irft} {others}".strip()), ("gsil", others), ("irft", rft)
+        cells = [measured(*command) for command in commands]
+        print("|", " | ".join([scale, predicted(float(scale)), *cells]), "|", flush=True)
+
+    title = "python irft.py --method irft --chunks T --scale SCALE"
+    columns = ["scale", "T = 1", "T = 2", "T = 4", "T = 8"]
+    header(f"{title}: share of worked answers, predicted / measured", columns)
+    for scale in ("0.3", "0.6", "1"):
+        cells = []
+        for t in (1, 2, 4, 8):
+            flags = f"--chunks {t}" * (t > 1) + f" --scale {scale}" * (scale != "0.3")
+            flags = f"{irft} {flags.strip()} {none}" if flags else irft
+            found = measured("irft", " ".join(flags.split()), folder=f"round_{t}")
+            cells.append(f"{predicted(float(scale), t)} / {found}")
+        print("|", " | ".join([scale, *cells]), "|", flush=True)
+
+    header("variations of T = 8, scale .3", ["", *COLUMNS, "seconds"])
+    for steps in (4, 64):
+        flags = f"{irft} --chunks 8 --steps-per-chunk {steps} {none}"
+        method(f"--steps-per-chunk {steps}", "irft", flags, "round_8")
+    for t in (1, 4, 8):
+        flags = f"{irft} --chunks {t} {none} {PERFECT}"
+        method(f"perfect demonstrators, T = {t}", "irft", flags, f"round_{t}")
+
+    header(
+        "python irft.py --rounds 8 ...: share of worked answers (greedy accuracy)",
+        ["", "1 round", "2", "4", "8"],
+    )
+    settings = ["--reward-steps 64 --kl 0.1", "--reward-steps 16 --kl 0.1", "--reward-steps 64 --kl 0.5"]
+    for setting in [*settings, "--reward-steps 64 --kl 1", "--reward-pairs all --kl 0.5"]:
+        cells = []
+        for t in (1, 2, 4, 8):
+            flags, folder = f"--rounds 8 {setting} {none}", f"round_{t}"
+            worked = measured("irft", flags, folder=folder)
+            cells.append(f"{worked} ({measured('irft', flags, 'greedy', folder)[:4]})")
+        print("|", " | ".join([setting, *cells]), "|", flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    {"gsil": gsil_tables, "irft": irft_tables}[sys.argv[1]]()

@@ -697,11 +697,11 @@ def test_the_toys_files_are_what_make_toy_makes():
     import make_toy
 
     rows = make_toy.make_rows(0)
-    for part in ("demos", "dev", "heldout"):
+    for part in ("demos", "dev", "heldout", "preferences"):
         made = "".join(json.dumps(row) + "\n" for row in rows[part])
         assert (ROOT / f"tests/toy/{part}.jsonl").read_text() == made
-    questions = [row["question"] for part in rows.values() for row in part]
-    assert len(questions) == len(set(questions)) == 20000 + 2048 + 500 + 500
+    questions = [row.get("question", row.get("prompt")) for part in rows.values() for row in part]
+    assert len(questions) == len(set(questions)) == 20000 + 2048 + 500 + 500 + 256
     perfect = make_toy.make_rows(0, perfect=True)
     assert [row["question"] for row in perfect["demos"]] == [row["question"] for row in rows["demos"]]
     assert all("=" in row["answer"] for row in perfect["demos"]) and perfect["heldout"] == rows["heldout"]

@@ -8,6 +8,9 @@ Writers get hasty as problems get longer. The base model learned from a hasty cr
 from a more careful, still imperfect one (HASTY below). Nothing else differs between the two, so what a method
 does to the habit can be predicted from HASTY.
 
+preferences.jsonl has 256 more questions with two answers each by demonstrators, of which just one is right;
+that one is chosen, as somebody would who can check answers.
+
     python tests/toy/make_toy.py                # all of tests/toy; the base model takes 6 to 10 minutes
     python tests/toy/make_toy.py --data-only    # the .jsonl files alone: seconds, identical on every machine
     python tests/toy/make_toy.py --perfect      # into runs/toy-perfect: the demonstrators are never hasty
@@ -65,7 +68,10 @@ def write(rng, steps, value, hasty):
 
 
 def make_rows(seed, perfect=False):
-    """{"demos", "dev", "heldout", "base"} -> lists of {"question", "answer"}; no question occurs twice."""
+    """{"demos", "dev", "heldout", "base"} -> lists of {"question", "answer"}; no question occurs twice.
+
+    "preferences" -> a list of {"prompt", "chosen", "rejected"}, about yet other questions.
+    """
     rng, seen = random.Random(seed), set()
     sizes = {
         "demos": (2048, "never" if perfect else "demo"),
@@ -81,6 +87,15 @@ def make_rows(seed, perfect=False):
             if question not in seen:
                 seen.add(question)
                 rows[part].append({"question": question, "answer": write(writer, steps, value, HASTY[habit])})
+    rows["preferences"] = []
+    while len(rows["preferences"]) < 256:
+        question, steps, value = problem(rng)
+        answers = [write(rng, steps, value, HASTY["demo"]) for _ in range(2)]
+        right = [answer.endswith(f"#### {value}") for answer in answers]
+        if question not in seen and sum(right) == 1:
+            seen.add(question)
+            chosen, rejected = answers if right[0] else answers[::-1]
+            rows["preferences"].append({"prompt": question, "chosen": chosen, "rejected": rejected})
     return rows
 
 
@@ -171,9 +186,10 @@ def statistics(model, tokenizer, rows, temperature, seed=0):
 def main(args):
     rows = make_rows(args.seed, args.perfect)
     args.out.mkdir(parents=True, exist_ok=True)
-    for part in ("demos", "dev", "heldout"):
+    parts = ("demos", "dev", "heldout", "preferences")
+    for part in parts:
         (args.out / f"{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[part]))
-    print(f"{args.out}: " + ", ".join(f"{len(rows[p])} {p}" for p in ("demos", "dev", "heldout")))
+    print(f"{args.out}: " + ", ".join(f"{len(rows[part])} {part}" for part in parts))
     if args.perfect or args.data_only:
         return
     tokenizer = make_tokenizer()
