@@ -379,9 +379,12 @@ def main(args):
         else:
             demos = run.demos[t - 1::args.chunks] if irft else run.demos        # IRFT: every T-th of them
             pairs = keep_pairs(run, name, t, lambda: self_play(policy, run, demos, seed))
-            epochs = (args.steps_per_chunk or 0) / math.ceil(len(pairs) / args.batch) or args.epochs
-            for record in (train_round(policy, pairs, args.loss, epochs, args, name, seed) if irft else
-                           rft_round(policy, run, pairs, t, seed)):
+            if irft:
+                epochs = (args.steps_per_chunk or 0) / math.ceil(len(pairs) / args.batch) or args.epochs
+                records = train_round(policy, pairs, args.loss, epochs, args, name, seed)
+            else:
+                records = rft_round(policy, run, pairs, t, seed)
+            for record in records:          # the training happens while we walk through its records
                 log(run, record)
             save_model(policy, run.tokenizer, folder)
         evaluate(run, name, policy)

@@ -365,6 +365,21 @@ def test_the_reward_continues_and_the_kl_stays_with_the_start(small, tmp_path, m
     assert all(torch.equal(base[name], start[name]) for start in started for name in base)
 
 
+@pytest.mark.parametrize("which, sizes", [("last", [40, 40]), ("all", [40, 80])])
+def test_reward_pairs_of_the_last_or_of_all_rounds(which, sizes, small, tmp_path, monkeypatch):  # noqa: F811
+    """With all, the reward of round 2 knows what round 1's policy wrote; with last, it may turn around."""
+    seen, fit_reward = [], irft.fit_reward
+
+    def spy(model, pairs, *rest):
+        seen.append(pairs)
+        return fit_reward(model, pairs, *rest)
+
+    monkeypatch.setattr(irft, "fit_reward", spy)
+    run(small, tmp_path, f"--rounds 2 --reward-pairs {which} --baseline none {FAST}")
+    assert [len(pairs) for pairs in seen] == sizes
+    assert [pair["generated_ids"] for pair in seen[0]] != [pair["generated_ids"] for pair in seen[1][:40]]
+
+
 def test_resume_after_a_stop_equals_an_undisturbed_run(small, tmp_path, monkeypatch):  # noqa: F811
     """Stopped in round 2's policy steps, a run goes on from round 1's weights and round 2's samples."""
     run(small, tmp_path / "whole", f"--rounds 2 {FAST}")
