@@ -388,7 +388,7 @@ def main(args):
                 log(run, record)
             save_model(policy, run.tokenizer, folder)
         evaluate(run, name, policy)
-    if args.baseline == "sft":
+    if args.baseline == "sft" and (irft or args.rounds):
         sft_baseline(run, args, budget(run, args))
     return summarize(run)
 
@@ -610,7 +610,9 @@ def load_reward(path, run):
     tokenizer = AutoTokenizer.from_pretrained(path)
     if not run.tokenizer.get_vocab().items() <= tokenizer.get_vocab().items():
         die(f"--reward-model {path}: its tokenizer differs from that of {run.model}; both must read one text")
-    if "score.weight" in info["missing_keys"]:
+    if set(info["missing_keys"]) - {"score.weight"}:
+        die(f"--reward-model {path}: lacks the weights {', '.join(sorted(info['missing_keys']))}")
+    if info["missing_keys"]:
         torch.nn.init.zeros_(model.score.weight)
     # transformers reads a classifier at the last token that is not a pad: an EOS must not be one
     if tokenizer.pad_token_id in {None, *run.eos_ids}:

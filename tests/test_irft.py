@@ -113,6 +113,17 @@ def test_another_tokenizer_is_an_error(folder, tmp_path, capsys):
     assert stop.value.code == 2 and "tokenizer differs" in error and "Traceback" not in error
 
 
+def test_a_reward_model_with_missing_weights_is_an_error(tmp_path, capsys):
+    """Half of a model would be random: its reward would be noise, and nothing would say so."""
+    model = tiny_model()
+    weights = {name: value for name, value in model.state_dict().items() if "layers.1.mlp.up" not in name}
+    model.save_pretrained(tmp_path, state_dict=weights)
+    byte_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        irft.load_reward(tmp_path, run_for(tmp_path))
+    assert stop.value.code == 2 and "lacks the weights" in capsys.readouterr().err
+
+
 def fit(model, flags, preferences=(), pairs=None):
     """Reward steps on a copy of the model; the copy and the records."""
     model = copy.deepcopy(model)
