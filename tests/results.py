@@ -213,7 +213,7 @@ def irft_tables():
         ["", "1 round", "2", "4", "8"],
     )
     settings = ["--reward-steps 64 --kl 0.1", "--reward-steps 16 --kl 0.1", "--reward-steps 64 --kl 0.5"]
-    for setting in [*settings, "--reward-steps 64 --kl 1", "--reward-pairs all --kl 0.5"]:
+    for setting in [*settings, "--reward-pairs all --kl 0.5"]:
         cells = []
         for t in (1, 2, 4, 8):
             flags, folder = f"--rounds 8 {setting} {none}", f"round_{t}"
