@@ -209,16 +209,15 @@ def irft_tables():
         method(f"perfect demonstrators, T = {t}", "irft", flags, f"round_{t}")
 
     header(
-        "python irft.py --rounds 8 ...: share of worked answers (greedy accuracy)",
+        "python irft.py --rounds 8 ...: share of worked answers, in brackets of each seed",
         ["", "1 round", "2", "4", "8"],
     )
-    settings = ["--reward-steps 64 --kl 0.1", "--reward-steps 16 --kl 0.1", "--reward-steps 64 --kl 0.5"]
-    for setting in [*settings, "--reward-pairs all --kl 0.5"]:
+    for setting in ("--reward-steps 64 --kl 0.1", "--reward-pairs all --kl 0.5"):
         cells = []
         for t in (1, 2, 4, 8):
             flags, folder = f"--rounds 8 {setting} {none}", f"round_{t}"
-            worked = measured("irft", flags, folder=folder)
-            cells.append(f"{worked} ({measured('irft', flags, 'greedy', folder)[:4]})")
+            each = [f"{looked(run('irft', flags, seed) / folder, seed)['shows working']:.2f}" for seed in SEEDS]
+            cells.append(f"{measured('irft', flags, folder=folder)} ({', '.join(each)})")
         print("|", " | ".join([setting, *cells]), "|", flush=True)
 
 
