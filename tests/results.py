@@ -216,7 +216,8 @@ def irft_tables():
         cells = []
         for t in (1, 2, 4, 8):
             flags, folder = f"--rounds 8 {setting} {none}", f"round_{t}"
-            each = [f"{looked(run('irft', flags, seed) / folder, seed)['shows working']:.2f}" for seed in SEEDS]
+            looks = [looked(run("irft", flags, seed) / folder, seed) for seed in SEEDS]
+            each = [f"{look['shows working']:.2f}" for look in looks]
             cells.append(f"{measured('irft', flags, folder=folder)} ({', '.join(each)})")
         print("|", " | ".join([setting, *cells]), "|", flush=True)
 
