@@ -1,20 +1,20 @@
-"""Benchmarks, scored as EleutherAI's lm_eval 0.4.13 scores them, in one file.
+"""Benchmarks in one file, scored exactly as EleutherAI's lm_eval 0.4.13 scores them.
 
-A benchmark score is a pile of small decisions: the prompt to the character, which worked examples precede it,
-where an answer is cut, which number in it counts, when two numbers are equal. Each of them moves the score, so
-none is ours: on the same model and data every prompt, generation and per-problem metric is that of lm_eval,
-and tests/parity checks it. One task is our own: `answers`, which asks as gsil.py and irft.py train.
+A score is a pile of small decisions: the prompt to the character, which worked examples precede it, where a
+response is cut, which number in it counts, when two numbers are equal. Each moves the score, so none is ours:
+on the same model and data every prompt, response and per-problem metric is lm_eval's, and tests/parity checks
+it. One task is our own: `answers` asks as gsil.py and irft.py train.
 
-    prompt     worked examples + question, as plain text or (--chat) as the turns of a conversation
-    response   greedy, cut at the task's stop strings; or --samples at --temperature
-    score      gsm8k: a number is found in the response and compared with the right one, as strings
-               humaneval: prompt + response + the problem's own tests is a program, which passes or does not
+    prompt      worked examples + question, as plain text, or with --chat as the turns of a conversation
+    response    greedy, or --samples of them at --temperature; cut at the task's stop strings
+    score       gsm8k: a number is found in the response and compared with the right one, as text
+                humaneval: prompt + response + the problem's own tests is a program that passes or does not
 
-The value is a mean over problems; stderr = standard deviation / sqrt(n) says how far other problems of the kind
-would move it. Two models answer the same problems, so --compare tests the differences problem by problem,
-which is far sharper than setting one mean beside the other.
+A value is a mean over problems, stderr (standard deviation / sqrt(n)) what other problems of the kind would
+move it by. Two models answer the same problems, so --compare tests their differences problem by problem, far
+sharper than one mean beside the other. Data come from the Hub; --data gsm8k=DIR reads test.* and train.* there.
 
-    python eval.py                                                  # the toy's base model, seconds
+    python eval.py                                      # the toy's base model on its held-out problems, seconds
     python eval.py --model runs/gsil-logistic-1/round_1 --compare tests/toy/base
     python eval.py --model M --tasks gsm8k,humaneval --allow-code-execution --out scores.json
 """
@@ -46,105 +46,99 @@ TOY = Path(__file__).parent / "tests" / "toy"
 
 
 def parse_args(argv=None):
-    """Flags -> Namespace."""
+    """Flags -> Namespace; tasks becomes a list, data a dict."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     flag = parser.add_argument
-    # who is asked, and what
+    # who is asked what
     flag("--model", default=str(TOY / "base"), help="folder or Hub name")
-    flag("--tasks", default="answers", help=f"comma-separated: {', '.join(TASKS)}")
-    flag("--data", action="append", default=[], metavar="TASK=PATH", help="local rows instead of the Hub's: "
-         "a file,\nor a folder with one per split; examples come from train.* in the same folder")
+    flag("--compare", metavar="MODEL", help="a second model: differences problem by problem")
+    flag("--tasks", default="answers", help=f"separated by commas: {', '.join(TASKS)}")
+    flag("--data", action="append", default=[], metavar="TASK=PATH", help="file, or folder with test.* train.*")
     flag("--limit", type=number(float, above=0), help="the first so many problems; below 1 a share of them")
-    # how it is asked
-    flag("--shots", type=number(int, 0), help="worked examples; tasks whose own number is 0 stay there")
+    # how
+    flag("--shots", type=number(int, 0), help="worked examples; tasks that have none by themselves keep none")
     flag("--chat", action="store_true", help="ask in the model's chat template; `answers` always does")
     flag("--max-new-tokens", type=number(int, 1), help="of a response; default: the task's own")
-    flag("--samples", type=number(int, 1), default=1, help="responses per problem: mean, for programs pass@k")
-    flag("--temperature", type=number(float, 0), default=0.0, help="0: greedy")
-    flag("--seed", type=number(int, 0), default=0, help="of samples; they also depend on --batch-size")
-    # how it is run
-    flag("--batch-size", type=number(int, 1), default=16, help="prompts at a time: memory and time only")
+    flag("--samples", type=number(int, 1), default=1, help="per problem: their mean, for programs pass@k")
+    flag("--temperature", type=number(float, 0), default=0.0, help="of samples; 0: greedy")
+    flag("--seed", type=number(int, 0), default=0, help="of samples, which depend on --batch-size too")
+    flag("--allow-code-execution", action="store_true", help="run what the model writes; not in a sandbox")
+    # the run
+    flag("--batch-size", type=number(int, 1), default=16, help="prompts at a time; larger: faster, more memory")
     flag("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto", help="auto: as saved")
     flag("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto", help="auto: the first there is")
-    flag("--allow-code-execution", action="store_true", help="run the programs a model writes: no sandbox")
-    # what comes out
-    flag("--compare", metavar="B", help="a second model, or a file that --out wrote: paired differences")
-    flag("--out", help="JSON file: settings, versions, results, every sample")
+    flag("--out", help="JSON file for settings, versions, results and every sample")
     return complete(parser.parse_args(argv), parser)
 
 
 # ---- 1. Prompts: what is asked -----------------------------------------------------------------------------
 
 def draw_shots(pool, k, n):
-    """k worked examples for each of n problems: one random stream, so they depend on the problems' order.
-
-    lm_eval seeds it with 1234 and draws even for problems whose examples are the same; --limit changes none.
-    """
+    """k worked examples for each of n problems. One stream for all (lm_eval's seed): their order matters."""
     stream = random.Random(1234)
     return [stream.sample(pool, k) if k else [] for _ in range(n)]
 
 def plain_prompt(task, row, shots):
-    """'Question: 1+1?\\nAnswer: 2\\n\\n' per example, then 'Question: 2+2?\\nAnswer:': no space at the end."""
+    """'Question: 1+1?\\nAnswer: 2\\n\\n' per example, then 'Question: 2+2?\\nAnswer:', no blank at the end."""
     examples = [f"{task.question(shot)} {task.target(shot)}\n\n" for shot in shots]
     return "".join(examples) + task.question(row) + task.begin(row)
 
 def chat_prompt(task, row, shots, tokenizer):
-    """The same as a conversation: each example is a turn of both, a begun answer is the assistant's."""
-    turns = []
+    """The same as a conversation: an example is a turn of each side, a begun answer is the assistant's."""
+    turns, begun = [], task.begin(row)
     for shot in shots:
         turns += [("user", task.question(shot)), ("assistant", task.target(shot))]
-    turns += [("user", task.question(row))] + [("assistant", task.begin(row))] * bool(task.begin(row))
-    messages = [{"role": role, "content": text} for role, text in turns]
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=not task.begin(row),
-                                         continue_final_message=bool(task.begin(row)))
+    turns += [("user", task.question(row))] + ([("assistant", begun)] if begun else [])
+    return tokenizer.apply_chat_template([{"role": role, "content": text} for role, text in turns], tokenize=False,
+                                         add_generation_prompt=not begun, continue_final_message=bool(begun))
 
-
-# ---- 2. Responses: what a model says -----------------------------------------------------------------------
-
-def encode(tokenizer, prompt, special):
-    """Token ids, with the BOS that this tokenizer adds, unless the text, a rendered template, has its own."""
+def encode(tokenizer, prompt, special=True):
+    """Token ids, with the BOS this tokenizer adds, unless the text (a rendered template) begins with it."""
     own = tokenizer.bos_token is not None and prompt.startswith(tokenizer.bos_token)
     return tokenizer(prompt, add_special_tokens=special and not own).input_ids
 
+
+# ---- 2. Responses: what the model says ---------------------------------------------------------------------
+
 @torch.no_grad()
 def generate(model, tokenizer, prompts, stop, max_new_tokens, temperature, batch, name=""):
-    """The model's continuation of each prompt, a list of token ids, as text up to the first stop string.
+    """Prompts, lists of token ids -> responses, as text up to the first stop string.
 
-    Long prompts come first: what does not fit into memory shows at once. Not decoded by hand as in gsil.py:
-    a penalty or EOS list in the model's generation config belongs to the model here, as it does in lm_eval.
+    By transformers' generate, not by a loop as in gsil.py: penalties and EOS tokens in the generation config
+    belong to the model here, as they do in lm_eval. The longest prompts come first, so that too little memory
+    shows at once.
     """
     stop = [*stop, tokenizer.eos_token]
-    ends = {*eos_ids(model, tokenizer), *(tokenizer.convert_tokens_to_ids(text) for text in stop
-                                          if text in tokenizer.all_special_tokens)}
-    reach = max(len(text.encode()) for text in stop) + 2        # tokens that can hold a stop string
-    pad = next(id for id in (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.eos_token_id)
-               if id is not None)
-    how = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {
-        "do_sample": False}
-    texts, order = [""] * len(prompts), sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    reach = max(len(text.encode()) for text in stop) + 2            # as many tokens surely hold a stop string
+    ends = model.generation_config.eos_token_id                     # an id, a list of ids or None
+    ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
+    pad = [i for i in (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.eos_token_id) if i is not None][0]
+    how = {"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
+    responses, order = [""] * len(prompts), sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     for rows in tqdm(chunks(order, batch), desc=name, leave=False, disable=None):
         width = len(prompts[rows[0]])
-        ids = torch.tensor([[pad] * (width - len(prompts[i])) + prompts[i] for i in rows])      # (B, P)
-        mask = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in rows])
+        pads = [width - len(prompts[i]) for i in rows]
+        ids = torch.tensor([[pad] * n + prompts[i] for n, i in zip(pads, rows)], device=model.device)   # (B, P)
+        mask = torch.tensor([[0] * n + [1] * (width - n) for n in pads], device=model.device)
 
-        def stopped(ids, scores, **_):          # (B, T) -> (B,): saves time, the text is cut below
+        def stopped(ids, scores, **_):          # (B, T) -> (B,): saves time, `cut` decides
             tails = tokenizer.batch_decode(ids[:, max(width, ids.shape[1] - reach):])
             return torch.tensor([any(text in tail for text in stop) for tail in tails], device=ids.device)
 
-        def checked(ids, scores):               # argmax over NaN is token 0, and would look like an answer
-            return scores if not scores.isnan().any() else die(
-                f"{name}: the model's logits are NaN: a broken checkpoint, or a --dtype with too small a range")
+        def checked(ids, logits):               # (B, V): the argmax of NaNs would be taken for an answer
+            return die(f"{name}: the logits are NaN: broken weights, or a --dtype of too small range") \
+                if logits.isnan().any() else logits
 
-        out = model.generate(ids.to(model.device), attention_mask=mask.to(model.device), use_cache=True,
-                             max_new_tokens=max_new_tokens, pad_token_id=pad, eos_token_id=sorted(ends),
+        out = model.generate(ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=temperature > 0,
+                             pad_token_id=pad, eos_token_id=sorted(ends), use_cache=True,
                              stopping_criteria=[stopped], logits_processor=[checked], **how)
-        for i, response in zip(rows, out[:, width:].tolist()):
-            end = next((n for n, token in enumerate(response) if token in ends), None)
-            texts[i] = cut(tokenizer.decode(response[:end], skip_special_tokens=True), stop)
-    return texts
+        for i, said in zip(rows, out[:, width:].tolist()):          # what follows EOS is padding
+            end = next((n for n, token in enumerate(said) if token in ends), len(said))
+            responses[i] = cut(tokenizer.decode(said[:end], skip_special_tokens=True), stop)
+    return responses
 
 def cut(text, stop):
-    """Up to the first of these strings: cut('a\\nQ: b', ['Q:']) -> 'a\\n'."""
+    """cut('18\\n\\nQ: Why?', ['Q:', '\\n\\n']) -> '18'."""
     for end in stop:
         text = text.split(end)[0]
     return text
@@ -155,13 +149,11 @@ def cut(text, stop):
 def find(pattern, which, text):
     """The first (which 0) or last (-1) match of a pattern, its first group that is not empty; or [invalid]."""
     found = re.findall(pattern, text)
-    if not found:
-        return "[invalid]"
-    groups = found[which] if isinstance(found[which], tuple) else (found[which],)
-    return next(filter(None, groups), "[invalid]").strip()
+    groups = found[which] if found else ["[invalid]"]
+    return (groups if isinstance(groups, str) else next(filter(None, groups))).strip()
 
 def normalize(text):
-    """What lm_eval's exact_match ignores on gsm8k: ',', '$', all up to the last '#### ', a final '.', case."""
+    """What exact_match ignores on gsm8k: commas, dollars, all up to the last '#### ', a final point, case."""
     for ignored in (",", r"\$", r"(?s).*#### ", r"\.$"):
         text = re.sub(ignored, "", text)
     return text.lower()
@@ -172,31 +164,29 @@ def final_answer(text):
     return found and found[1].replace(",", "").strip(" .")
 
 def score_answers(task, rows, responses):
-    """Each filter finds an answer in each response; equal to the gold one or not. A dict per row."""
+    """By each filter: the answer found in a response, equal to the right one or not. A dict per row."""
     scores = []
     for row, texts in zip(rows, responses):
-        gold = task.gold(row["answer"])
-        extracted = {name: [extract(text) or "" for text in texts] for name, extract in task.filters.items()}
-        scores.append({"gold": gold, "extracted": extracted, "metrics": {
-            f"exact_match,{name}": fmean(task.same(answer) == gold for answer in answers)
-            for name, answers in extracted.items()}})
+        gold = task.reduce(row["answer"])
+        found = {name: [extract(text) for text in texts] for name, extract in task.filters.items()}
+        scores.append({"gold": gold, "extracted": found, "metrics": {
+            f"exact_match,{name}": fmean(task.reduce(text) == gold for text in found[name]) for name in found}})
     return scores
 
 
 # ---- 4. Programs: do they pass their tests? ----------------------------------------------------------------
 
-SECONDS = 3.0       # of CPU time, as lm_eval's code_eval gives; a second more by the clock, to start Python
+SECONDS = 3.0       # of CPU time for a program, as code_eval allows; by the clock one more, to start Python
 
-# Runs in a process of its own: limits first, then no way to be heard (0, 1 and 2 lead nowhere), then the
-# program. Only one that comes to its end lets the last line say the nonce: sys.exit(0) does not get there.
+# A program's own process: its limits, then no input and no output, then the program. Only one that comes to
+# its end has the nonce said for it: neither an exception nor sys.exit(0) gets there.
 RUNNER = r"""
 import json, os, resource, sys
 program, nonce, seconds = json.load(sys.stdin)
 answer, nowhere = os.dup(1), os.open(os.devnull, os.O_RDWR)
 for stream in (0, 1, 2):
     os.dup2(nowhere, stream)
-limits = {"AS": 4 << 30, "CPU": int(seconds) + 1, "FSIZE": 1 << 20, "CORE": 0, "NPROC": 0}
-for name, most in limits.items():
+for name, most in dict(AS=4 << 30, CPU=int(seconds) + 1, FSIZE=1 << 20, CORE=0, NPROC=0).items():
     try:
         resource.setrlimit(getattr(resource, "RLIMIT_" + name), (most, most))
     except (ValueError, OSError, AttributeError):
@@ -208,15 +198,12 @@ leave(0)
 """
 
 def passes(program, seconds=SECONDS):
-    """Run a program in a child process: did it come to its end, in time, without an exception?
-
-    Not a sandbox: the network is there, and so are your files. README lists what this does not prevent.
-    """
+    """Does a program come to its end, in time and without an exception? Not a sandbox: see README."""
     nonce = secrets.token_hex(16)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        environment = {"PATH": os.environ.get("PATH", ""), "HOME": folder, "TMPDIR": folder,
-                       "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-        child = subprocess.Popen([sys.executable, "-I", "-c", RUNNER], cwd=folder, env=environment, text=True,
+        clean = {"PATH": os.environ.get("PATH", ""), "HOME": folder, "TMPDIR": folder,
+                 "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}       # and none of your secrets
+        child = subprocess.Popen([sys.executable, "-I", "-c", RUNNER], cwd=folder, env=clean, text=True,
                                  stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
                                  start_new_session=True)
         try:
@@ -225,155 +212,145 @@ def passes(program, seconds=SECONDS):
             said = ""
         finally:
             try:
-                os.killpg(child.pid, signal.SIGKILL)            # and whatever it has started
+                os.killpg(child.pid, signal.SIGKILL)        # with everything it has started
             except ProcessLookupError:
                 pass
             child.wait()
     return said == nonce
 
-def pass_at_k(n, c, k):
-    """Chance that one of k samples passes when c of n did: 1 - C(n-c, k) / C(n, k), unbiased (2107.03374)."""
-    return 1.0 - math.comb(n - c, k) / math.comb(n, k)
+def pass_at_k(n, passed, k):
+    """Chance that of k samples out of these n at least one passes: unbiased (arXiv 2107.03374, eq. 1)."""
+    return 1.0 - math.comb(n - passed, k) / math.comb(n, k)
 
 def score_programs(task, rows, responses):
-    """prompt + response + tests is a program; pass@k for each k the samples suffice for. A dict per row."""
-    ends = [f"\n{row['test']}\ncheck({row['entry_point']})" for row in rows]
-    bodies = [[row["prompt"] + task.filters["create_test"](text) for text in texts]
-              for row, texts in zip(rows, responses)]
-    programs = [body + end for samples, end in zip(bodies, ends) for body in samples]
+    """prompt + response + tests, run; pass@k for the k that the samples suffice for. A dict per row."""
+    n, filter_name = len(responses[0]), next(iter(task.filters))
+    begun = [[row["prompt"] + task.filters[filter_name](text) for text in texts]
+             for row, texts in zip(rows, responses)]
+    tests = [f"{row['test']}\ncheck({row['entry_point']})" for row in rows]
+    programs = [f"{program}\n{test}" for test, some in zip(tests, begun) for program in some]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        passed = list(tqdm(pool.map(passes, programs), "programs", len(programs), leave=False, disable=None))
-    n = len(responses[0])
-    return [{"gold": end, "extracted": {"create_test": samples}, "passed": results, "metrics": {
-        f"pass@{k},create_test": pass_at_k(n, sum(results), k) for k in (1, 2, 8, 10, 16, 32, 64, 100) if k <= n}}
-        for end, samples, results in zip(ends, bodies, chunks(passed, n))]
+        ran = list(tqdm(pool.map(passes, programs), "programs", len(programs), leave=False, disable=None))
+    return [{"gold": test, "extracted": {filter_name: some}, "passed": passed, "metrics": {
+        f"pass@{k},{filter_name}": pass_at_k(n, sum(passed), k) for k in (1, 2, 5, 10, 16, 32, 64, 100) if k <= n}}
+        for test, some, passed in zip(tests, begun, chunks(ran, n))]
 
 
 # ---- 5. Tasks ----------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Task:
-    """One benchmark. Names, prompts, stop strings and filters are those of lm_eval 0.4.13's task files."""
-    data: tuple                                 # (Hub name or file, configuration, split) of the problems
-    fields: tuple                               # columns that must be text
-    question: Callable                          # row -> what is asked
-    score: Callable                             # (task, rows, responses) -> a dict per row
-    target: Callable = lambda row: row["answer"]        # row -> what an example answers
-    begin: Callable = lambda row: ""                    # row -> the beginning of the answer, given
-    stop: tuple = ()                            # a response ends before the first of these
-    filters: dict = None                        # name: response -> the answer in it
-    gold: Callable = normalize                  # right answer as written -> in the form compared
-    same: Callable = normalize                  # found answer -> in the form compared
+    """One benchmark; texts and names are those of the task's file in lm_eval 0.4.13."""
+    data: tuple                                     # Hub name, or file; configuration
+    fields: tuple                                   # columns that have to be text
+    question: Callable                              # row -> what is asked
+    score: Callable                                 # task, rows, responses -> a dict per row
+    filters: dict                                   # name: response -> what counts of it
+    stop: tuple = ()                                # a response ends before any of these
+    shots: int = 0                                  # worked examples
     max_new_tokens: int = 256
-    shots: int = 0
-    template: bool = False                      # asks as in training: always in the chat template
+    target: Callable = lambda row: row["answer"]    # row -> what a worked example answers
+    begin: Callable = lambda row: ""                # row -> the answer's beginning, put into its mouth
+    reduce: Callable = normalize                    # right answer and found answer -> what is compared
+    trained: bool = False                           # asks as the training scripts do: always the template
 
-
-LAST_NUMBER = r"(-?[$0-9.,]{2,})|(-?[0-9]+)"
-TASKS = {
-    "answers": Task(                            # any question/answer file whose answers end in '#### value'
-        (str(TOY / "heldout.jsonl"), None, "test"), ("question", "answer"), lambda row: row["question"],
-        score_answers, filters={"final-answer": final_answer}, gold=final_answer, same=str, template=True),
-    "gsm8k": Task(
-        ("openai/gsm8k", "main", "test"), ("question", "answer"),
-        lambda row: f"Question: {row['question']}\nAnswer:", score_answers, shots=5,
-        stop=("Question:", "</s>", "<|im_end|>"), filters={
-            "strict-match": lambda text: find(r"#### (\-?[0-9\.\,]+)", 0, text),
-            "flexible-extract": lambda text: find(LAST_NUMBER, -1, text)}),
-    "humaneval": Task(
-        ("openai/openai_humaneval", None, "test"), ("prompt", "test", "entry_point"), lambda row: row["prompt"],
-        score_programs, stop=("\nclass", "\ndef", "\n#", "\nif", "\nprint"), max_new_tokens=1024,
-        filters={"create_test": lambda text: text}),
-}
-TASKS["gsm8k_cot_zeroshot"] = replace(
-    TASKS["gsm8k"], question=lambda row: f"Q: {row['question']}\nA: Let's think step by step.", shots=0,
-    stop=("Q:", "</s>", "<|im_end|>"), filters=TASKS["gsm8k"].filters | {
+ANSWERS = Task((str(TOY / "heldout.jsonl"), None), ("question", "answer"), lambda row: row["question"],
+               score_answers, {"final-answer": lambda text: find("####[^\n]+", 0, text)}, reduce=final_answer,
+               trained=True)
+GSM8K = Task(("openai/gsm8k", "main"), ("question", "answer"), lambda row: f"Question: {row['question']}\nAnswer:",
+             score_answers, {"strict-match": lambda text: find(r"#### (\-?[0-9\.\,]+)", 0, text),
+                             "flexible-extract": lambda text: find(r"(-?[$0-9.,]{2,})|(-?[0-9]+)", -1, text)},
+             ("Question:", "</s>", "<|im_end|>"), shots=5)
+GSM8K_COT_ZEROSHOT = replace(
+    GSM8K, question=lambda row: f"Q: {row['question']}\nA: Let's think step by step.", shots=0,
+    stop=("Q:", "</s>", "<|im_end|>"), filters=GSM8K.filters | {
         "strict-match": lambda text: find(r"The answer is (\-?[0-9\.\,]+).", 0, text)})
-TASKS["humaneval_instruct"] = replace(
-    TASKS["humaneval"], begin=lambda row: f"Here is the completed function:\n```python\n{row['prompt']}\n",
-    question=lambda row: "Write a solution to the following problem and make sure that it passes the tests:\n"
-                         f"```python\n{row['prompt']}\n```\n",
+HUMANEVAL = Task(("openai/openai_humaneval", None), ("prompt", "test", "entry_point"), lambda row: row["prompt"],
+                 score_programs, {"create_test": lambda text: text},
+                 ("\nclass", "\ndef", "\n#", "\nif", "\nprint"), max_new_tokens=1024)
+HUMANEVAL_INSTRUCT = replace(
+    HUMANEVAL, question=lambda row: "Write a solution to the following problem and make sure that it passes the "
+                                    f"tests:\n```python\n{row['prompt']}\n```\n",
+    begin=lambda row: f"Here is the completed function:\n```python\n{row['prompt']}\n",
     filters={"create_test": lambda text: text.split("```")[0]})
+TASKS = {"answers": ANSWERS, "gsm8k": GSM8K, "gsm8k_cot_zeroshot": GSM8K_COT_ZEROSHOT,
+         "humaneval": HUMANEVAL, "humaneval_instruct": HUMANEVAL_INSTRUCT}
 
 
 # ---- 6. The whole evaluation -------------------------------------------------------------------------------
 
 def evaluate(path, data, args):
-    """Ask one model all tasks; data: {task: (rows, pool of examples)}. Returns results and samples by task."""
+    """Ask one model; data: {task: (rows, examples of each row)}. Returns its results and samples by task."""
     model, tokenizer, window = load(path, args)
-    outcome = {"model": str(path), "results": {}, "samples": {}}
-    for name, (rows, pool) in data.items():
-        task, shots = TASKS[name], shots_of(TASKS[name], args)
-        if (args.chat or task.template) and not tokenizer.chat_template:
-            die(f"{path}: this tokenizer has no chat template; "
-                + ("the task answers asks in it" if task.template else "leave --chat out to ask in plain text"))
-        examples = draw_shots(pool, shots, len(rows))
-        prompts = [chat_prompt(task, row, drawn, tokenizer) if args.chat or task.template
-                   else plain_prompt(task, row, drawn) for row, drawn in zip(rows, examples)]
+    outcome = {"model": path, "results": {}, "samples": {}}
+    for name, (rows, shots) in data.items():
+        task = TASKS[name]
+        if (args.chat or task.trained) and not tokenizer.chat_template:
+            die(f"{path} has no chat template; " + ("answers needs the one it was trained with" if task.trained
+                                                   else "without --chat it is asked in plain text"))
+        prompts = [chat_prompt(task, row, some, tokenizer) if args.chat or task.trained
+                   else plain_prompt(task, row, some) for row, some in zip(rows, shots)]
+        ids = [encode(tokenizer, prompt, special=not task.trained) for prompt in prompts]
         longest = args.max_new_tokens or task.max_new_tokens
-        room = window - longest
-        if room <= 0:
-            die(f"{name}: responses of {longest} tokens leave no room for a prompt in the window of {window}; "
-                "lower --max-new-tokens")
-        ids = [encode(tokenizer, prompt, special=not task.template) for prompt in prompts]
+        room = window - longest if window > longest else die(
+            f"{name}: responses of {longest} tokens do not fit into the window of {window}; --max-new-tokens")
         torch.manual_seed(args.seed)
-        texts = generate(model, tokenizer, [row[-room:] for row in ids for _ in range(args.samples)],
-                         task.stop, longest, args.temperature, args.batch_size, name)
-        responses = chunks(texts, args.samples)
+        responses = generate(model, tokenizer, [row[-room:] for row in ids for _ in range(args.samples)],
+                             task.stop, longest, args.temperature, args.batch_size, name)
+        responses = chunks(responses, args.samples)
         scores = task.score(task, rows, responses)
         outcome["samples"][name] = [
-            {"doc_id": n, "prompt": prompt, "responses": said, "truncated": len(row) > room, **score}
+            {"doc_id": n, "prompt": prompt, "truncated": len(row) > room, "responses": said} | score
             for n, (prompt, row, said, score) in enumerate(zip(prompts, ids, responses, scores))]
-        outcome["results"][name] = summarize(outcome["samples"][name]) | {"shots": shots}
+        outcome["results"][name] = summarize(outcome["samples"][name]) | {"shots": len(shots[0])}
     return outcome
 
 def summarize(samples):
-    """Per metric the mean over problems and its standard error (None for one problem); what to be told."""
+    """Means over problems and their standard errors (None for one problem), and what to look at first."""
     summary = {"n": len(samples), "truncated": sum(sample["truncated"] for sample in samples),
                "empty": sum(not text.strip() for sample in samples for text in sample["responses"])}
     for metric in samples[0]["metrics"]:
         values = [sample["metrics"][metric] for sample in samples]
-        summary[metric] = fmean(values)
-        summary[metric.replace(",", "_stderr,")] = stderr(values)
+        summary |= {metric: fmean(values), metric.replace(",", "_stderr,"): stderr(values)}
     return summary
 
 def stderr(values):
-    """Standard error of the mean, from the sample standard deviation; None for one value."""
     return stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
 
 def compare(ours, theirs):
-    """Problem by problem: mean difference, the half width of its 95 % interval, McNemar's exact p.
+    """Values of a metric, problem by problem -> mean difference, half its 95 % interval, McNemar's exact p.
 
-    ours, theirs: a metric's values. p, only where all are 0 or 1: of the problems that just one model gets
-    right, could so uneven a split come from a fair coin? None where it does not apply.
+    p: of the problems that one model alone gets right, how likely would a fair coin split them as unevenly?
+    None unless all values are 0 or 1.
     """
-    differences = [a - b for a, b in zip(ours, theirs)]
-    error, p = stderr(differences), None
+    differences, p = [a - b for a, b in zip(ours, theirs)], None
     if {*ours, *theirs} <= {0, 1}:
         wins, losses = differences.count(1), differences.count(-1)
         tail = sum(math.comb(wins + losses, k) for k in range(min(wins, losses) + 1))
         p = min(1.0, 2 * tail / 2 ** (wins + losses))
-    return fmean(differences), error and 1.96 * error, p
+    error = stderr(differences)
+    return {"difference": fmean(differences), "half_width": error and 1.96 * error, "mcnemar_p": p}
 
 def main(args):
     """Read, ask, score, print, write; returns what --out holds."""
     if any(TASKS[name].score is score_programs for name in args.tasks):
         if not args.allow_code_execution:
-            die("humaneval runs programs written by the model: allow it with --allow-code-execution, "
-                "best inside a container without network")
-        print("warning: running programs written by the model. This is not a sandbox, use a container "
-              "without network")
-    data = {name: read_task(name, args) for name in args.tasks}
-    other = args.compare and read_outcome(args.compare, args)
-    outcome = {"settings": vars(args), "versions": {"python": sys.version.split()[0], "scores as": "lm_eval 0.4.13"}
-               | {name: version(name) for name in ("torch", "transformers", "datasets")}}
+            die("humaneval runs what the model writes: --allow-code-execution, and best in a container")
+        print("warning: runs what the model writes; this is not a sandbox, use a container without network")
+    data = {name: read_task(name, TASKS[name], args) for name in args.tasks}
+    outcome = {"settings": vars(args), "versions": {"scores as": "lm_eval 0.4.13"} | {
+        name: version(name) for name in ("torch", "transformers", "datasets")}}
     outcome |= evaluate(args.model, data, args)
     print_results(outcome)
     if args.compare:
-        other = other or evaluate(args.compare, data, args)
-        outcome["compared"] = print_comparison(outcome, other)
+        other = evaluate(args.compare, data, args)
+        print_results(other)
+        outcome["compare"] = {"model": args.compare, "samples": other["samples"], "results": {
+            name: {metric: compare(*([sample["metrics"][metric] for sample in model["samples"][name]]
+                                     for model in (outcome, other))) for metric in samples[0]["metrics"]}
+            for name, samples in outcome["samples"].items()}}
+        print_comparison(outcome)
     if args.out:
-        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
         Path(args.out).write_text(json.dumps(outcome, indent=1) + "\n", encoding="utf-8")
     return outcome
 
@@ -395,106 +372,79 @@ def number(kind, low=-math.inf, above=-math.inf, word=None):
     return parse
 
 def complete(args, parser):
-    """--tasks as a list, --data as a dict; flags that do not fit together."""
+    """--tasks as a list, --data as a dict; flags that contradict each other."""
     args.tasks = args.tasks.split(",")
     for name in args.tasks:
         if name not in TASKS or args.tasks.count(name) > 1:
-            parser.error(f"--tasks {name}: {'named twice' if name in TASKS else 'unknown'}; "
-                         f"there are {', '.join(TASKS)}")
-    for item in args.data:
-        if "=" not in item or item.split("=")[0] not in args.tasks:
-            parser.error(f"--data {item}: it should be TASK=PATH, with a task of --tasks {','.join(args.tasks)}")
-    args.data = dict(item.split("=", 1) for item in args.data)
-    if args.limit and args.limit > 1 and args.limit % 1:
+            parser.error(f"--tasks: {name!r} is {'named twice' if name in TASKS else 'not one of ' + str([*TASKS])}")
+    args.data = dict(item.partition("=")[::2] for item in args.data)
+    if not {*args.data} <= {*args.tasks} or "" in args.data.values():
+        parser.error(f"--data {args.data}: it should be TASK=PATH, TASK one of --tasks {','.join(args.tasks)}")
+    if (args.limit or 0) > 1 and args.limit % 1:
         parser.error(f"--limit {args.limit}: a whole number of problems, or a share below 1")
     if args.samples > 1 and not args.temperature:
-        parser.error(f"--samples {args.samples}: greedy responses are all the same, set --temperature")
+        parser.error(f"--samples {args.samples}: greedy ones would all be the same, set --temperature")
     return args
 
 def chunks(items, size):
     return [items[start:start + size] for start in range(0, len(items), size)]
 
-def shots_of(task, args):
-    """--shots, or the task's own number; where that is 0, it stays, as in lm_eval."""
-    return task.shots if args.shots is None or task.shots == 0 else args.shots
-
-def read_task(name, args):
-    """The problems to ask, up to --limit, and the pool of examples: two lists of rows, checked."""
-    task, path = TASKS[name], args.data.get(name)
-    rows = read_split(task, path, task.data[2])
-    if not rows:
-        die(f"{path or task.data[0]}: no rows")
+def read_task(name, task, args):
+    """The rows to ask, up to --limit, and the worked examples of each."""
+    path = Path(args.data.get(name) or task.data[0])
+    local = name in args.data or path.is_file()
+    k = task.shots and (task.shots if args.shots is None else args.shots)
+    splits = {"test": path, "train": path if path.is_dir() else path.parent} if local else {}
+    rows, pool = [read_rows(splits.get(split), task.data, split, task.fields)
+                  for split in ("test", "train")[:1 + bool(k)]] + [[]] * (not k)
     for place, row in rows:
-        check_gold(name, task, place, row)
-    k, pool = shots_of(task, args), []
-    if k:
-        pool = read_split(task, path and (path if Path(path).is_dir() else Path(path).parent), "train")
-        if len(pool) < k:
-            die(f"{name}: {k} examples per problem, but the train split has {len(pool)} rows; lower --shots")
-    limit = len(rows) if args.limit is None else (
-        math.ceil(args.limit * len(rows)) if args.limit < 1 else int(args.limit))
-    return [row for _, row in rows][:limit], [row for _, row in pool]
+        if task.score is score_answers and not ("#### " in row["answer"] and task.reduce(row["answer"]).strip()):
+            die(f"{place}: answer ends in {row['answer'][-20:]!r}, it should end in '#### ' and the right value")
+        if "entry_point" in row and not re.search(rf"\b{re.escape(row['entry_point'])}\b", row["prompt"]):
+            die(f"{place}: entry_point {row['entry_point']!r} is not defined in prompt")
+    if len(pool) < k or not rows:
+        die(f"{path}: {len(rows)} problems, {len(pool)} rows to draw {k} worked examples from: too few")
+    limit = args.limit or len(rows)
+    rows = [row for _, row in rows][:math.ceil(limit * len(rows)) if limit < 1 else int(limit)]
+    return rows, draw_shots([row for _, row in pool], k, len(rows))
 
-def check_gold(name, task, place, row):
-    """Rows that could never be scored right would be a silent 0."""
-    if task.score is score_answers and (
-            "#### " not in row["answer"] or not re.search(r"\w", task.gold(row["answer"]) or "")):
-        die(f"{place}: field answer ends in {row['answer'][-30:]!r}; {name} expects '#### ' and the right number")
-    if task.score is score_programs and not re.search(
-            rf"^(def|class) {re.escape(row['entry_point'])}\b", row["prompt"], re.MULTILINE):
-        die(f"{place}: field entry_point is {row['entry_point']!r}, and the prompt does not define it")
-
-def read_split(task, path, split):
-    """[(place, row)] of a split: from a file, from the file named after it in a folder, or from the Hub."""
-    source, configuration, _ = task.data
-    if path is None and not Path(source).is_file():
-        rows = read_hub(source, configuration, split)
+def read_rows(path, hub, split, fields):
+    """[(place, row)] of a file, of the file named like the split in a folder, or of the Hub without a path."""
+    if path is None:
+        import datasets                     # slow, and local files do not need it
+        try:
+            rows = [(f"{hub[0]} {split} row {n}", row)
+                    for n, row in enumerate(datasets.load_dataset(*hub, split=split), 1)]
+        except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
+            die(f"{hub[0]} from the Hub: {str(error).splitlines()[0]}; --data TASK=PATH reads local files")
     else:
-        file = Path(path or source)
-        if file.is_dir():
-            found = sorted(file.glob(f"{split}.*"))
-            file = found[0] if len(found) == 1 else die(
-                f"{file}: {len(found)} files there are named {split}.*, it should be one")
-        rows = read_file(file) if file.is_file() else die(f"{file}: no such file")
+        files = sorted(path.glob(f"{split}.*")) if path.is_dir() else [path]
+        if len(files) != 1 or not files[0].is_file():
+            die(f"{path}: there should be a file" + f", just one, named {split}.*" * path.is_dir())
+        rows = read_file(files[0])
     for place, row in rows:
-        for field in task.fields:
+        for field in fields:
             if not isinstance(row, dict) or not isinstance(row.get(field), str):
-                found = f"is {row[field]!r}" if isinstance(row, dict) and field in row else "is missing"
-                die(f"{place}: field {field} {found}, it should be text")
+                die(f"{place}: {field} should be text, found {row.get(field) if isinstance(row, dict) else row!r}")
     return rows
 
 def read_file(path):
-    """[(place, row)] of .jsonl or .json (one object a line, or one list), also as .gz; .csv and .parquet."""
-    if path.suffix in (".csv", ".parquet"):
-        return read_hub(path.suffix[1:], None, "train", data_files=str(path))
+    """[(place, row)] of a file in JSON: one object a line, or one list; .gz too."""
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig") as file:
             text = file.read()
-        if text.lstrip().startswith("["):
-            return [(f"{path} row {n}", row) for n, row in enumerate(json.loads(text), 1)]
-        rows = []
-        for n, line in enumerate(text.split("\n"), 1):
-            if line.strip():
-                rows.append((f"{path} line {n}", json.loads(line)))
-        return rows
-    except json.JSONDecodeError as error:
-        place = f"line {error.lineno}" if text.lstrip().startswith("[") else f"line {n}"
-        die(f"{path} {place}: not JSON ({error.msg}); one object on each line is expected, or one list")
     except (OSError, EOFError, UnicodeDecodeError) as error:
-        die(f"{path}: not a text file in UTF-8, or compressed with gzip ({error})")
-
-def read_hub(name, configuration, split, **files):
-    """[(place, row)] through `datasets`."""
-    import datasets                         # slow, and a .jsonl file does not need it
-    try:
-        rows = datasets.load_dataset(name, configuration, split=split, **files)
-    except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
-        die(f"{files.get('data_files', name)}, split {split}: {str(error).splitlines()[0]}; --data TASK=PATH "
-            "reads local files")
-    return [(f"{files.get('data_files', name)} {split} row {n}", row) for n, row in enumerate(rows, 1)]
+        die(f"{path}: not text in UTF-8, or not what gzip writes: {error}")
+    whole, rows = text.lstrip().startswith("["), []
+    for n, line in enumerate([text] if whole else text.split("\n"), 1):
+        try:
+            rows += [(f"{path} line {n}", json.loads(line))] if line.strip() else []
+        except json.JSONDecodeError as error:
+            die(f"{path} line {error.lineno if whole else n}: not JSON ({error.msg}); one object a line, or a list")
+    return [(f"{path} row {n}", row) for n, row in enumerate(rows[0][1], 1)] if whole else rows
 
 def load(path, args):
-    """Model, tokenizer and the window: how many tokens prompt and response may have together."""
+    """Model, tokenizer, window: as many tokens as prompt and response may have together."""
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
     best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -505,58 +455,32 @@ def load(path, args):
         tokenizer = AutoTokenizer.from_pretrained(path)
         model = AutoModelForCausalLM.from_pretrained(path, dtype=args.dtype).to(device).eval()
     except (OSError, ValueError) as error:
-        die(f"{path}: not a causal language model with its tokenizer: {str(error).splitlines()[0]}")
+        die(f"{path}: not a causal language model: {str(error).splitlines()[0]}")
     if tokenizer.eos_token is None:
-        die(f"{path}: the tokenizer has no EOS token, so no response could end")
+        die(f"{path}: the tokenizer has no EOS token, a response could not end")
+    bos = tokenizer.bos_token if tokenizer.bos_token_id in tokenizer("a").input_ids[:1] else "no BOS token"
+    print(f"{path}: {sum(p.numel() for p in model.parameters()):,} parameters, {model.dtype}, {device}; {bos} before "
+          f"prompts" + "; no pad token, another stands in" * (tokenizer.pad_token is None))
     config = getattr(model.config, "text_config", None) or model.config
-    limits = [getattr(config, key, None) for key in ("n_positions", "max_position_embeddings", "n_ctx")]
-    limits += [tokenizer.model_max_length if tokenizer.model_max_length < 1e29 else None, 2048]
-    adds = tokenizer.bos_token if tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id] else "no BOS"
-    print(f"{path}: {sum(p.numel() for p in model.parameters()):,} parameters, {device}, {model.dtype}, prompts "
-          f"begin with {adds}" + ", no pad token: another stands in" * (tokenizer.pad_token_id is None))
-    return model, tokenizer, next(limit for limit in limits if limit is not None)
-
-def eos_ids(model, tokenizer):
-    """Ids that end a response: the tokenizer's, and those of the model's generation config."""
-    listed = model.generation_config.eos_token_id               # an id, a list of ids or None
-    return {tokenizer.eos_token_id, *(listed if isinstance(listed, list) else [listed])} - {None}
+    given = [getattr(config, name, None) for name in ("n_positions", "max_position_embeddings", "n_ctx")]
+    given += [tokenizer.model_max_length] * (tokenizer.model_max_length < 1e29)
+    return model, tokenizer, next((window for window in given if window), 2048)
 
 def print_results(outcome):
-    print(f"\n{'task':20}{'metric':32}{'value':>8}{'stderr':>8}{'n':>6}{'shots':>6}{'truncated':>10}{'empty':>6}")
+    print(f"\n{'':20}{'':30}{'value':>8}{'stderr':>8}{'n':>6}{'shots':>6}{'truncated':>10}{'empty':>6}")
     for name, result in outcome["results"].items():
         for metric in outcome["samples"][name][0]["metrics"]:
             error = result[metric.replace(",", "_stderr,")]
-            print(f"{name:20}{metric:32}{result[metric]:8.4f}{'-' if error is None else f'{error:.4f}':>8}"
-                  f"{result['n']:6}{result['shots']:6}{result['truncated']:10}{result['empty']:6}")
+            print(f"{name:20}{metric:30}{result[metric]:8.4f}{'-' if error is None else f'{error:.4f}':>8}"
+                  + f"{result['n']:6}{result['shots']:6}{result['truncated']:10}{result['empty']:6}")
 
-def read_outcome(path, args):
-    """What --out wrote, or None where --compare names a model."""
-    if not Path(path).is_file():
-        return None
-    try:
-        other = json.loads(Path(path).read_text(encoding="utf-8"))
-        missing = [name for name in args.tasks if name not in other["samples"]]
-    except (ValueError, KeyError, TypeError):
-        die(f"--compare {path}: neither a model nor a file that --out wrote")
-    return other if not missing else die(f"--compare {path}: it has no {', '.join(missing)}")
-
-def print_comparison(ours, theirs):
-    """Paired differences, ours minus theirs, by task and metric: printed and returned."""
-    table = {}
-    print(f"\n{ours['model']} minus {theirs['model']}, problem by problem\n"
-          f"{'task':20}{'metric':32}{'difference':>11}  {'95% interval':20}{'McNemar p':>10}")
-    for name, samples in ours["samples"].items():
-        same = [(a["gold"], a["doc_id"]) for a in samples] == [
-            (b["gold"], b["doc_id"]) for b in theirs["samples"][name]]
-        if not same or ours["results"][name]["shots"] != theirs["results"][name]["shots"]:
-            die(f"--compare {theirs['model']}: {name} has other problems or another number of examples there")
-        for metric in [metric for metric in samples[0]["metrics"] if metric in theirs["samples"][name][0]["metrics"]]:
-            difference, half, p = compare(*([sample["metrics"][metric] for sample in side["samples"][name]]
-                                            for side in (ours, theirs)))
-            interval = "-" if half is None else f"{difference - half:+.4f} .. {difference + half:+.4f}"
-            print(f"{name:20}{metric:32}{difference:+11.4f}  {interval:20}{'-' if p is None else f'{p:.3g}':>10}")
-            table[f"{name},{metric}"] = {"difference": difference, "half_width_95": half, "mcnemar_p": p}
-    return table
+def print_comparison(outcome):
+    print(f"\n{outcome['model']} minus {outcome['compare']['model']}\n{'':50}{'difference':>10}{'95 %':>9}{'p':>10}")
+    for name, metrics in outcome["compare"]["results"].items():
+        for metric, found in metrics.items():
+            half, p = found["half_width"], found["mcnemar_p"]
+            print(f"{name:20}{metric:30}{found['difference']:+10.4f}{'' if half is None else f'± {half:.4f}':>9}"
+                  f"{'' if p is None else f'{p:.3g}':>10}")
 
 
 if __name__ == "__main__":
