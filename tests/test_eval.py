@@ -7,10 +7,10 @@ import gzip
 import importlib.util
 import json
 import math
-import os
 import random
 import sys
-from pathlib import Path
+import time
+from itertools import combinations
 
 import pytest
 import torch
@@ -110,3 +110,373 @@ def test_equal_to_lm_eval_live(name, models):
     outcome, task = run(flags_of(oracle.CASES[name], models)), oracle.CASES[name]["task"]
     expected = oracle.ask(oracle.CASES[name], models)
     check_equal(outcome["samples"][task], outcome["results"][task], expected)
+
+
+@pytest.mark.parametrize("batch", [2, 3, 8])
+@pytest.mark.parametrize("name", ["A gsm8k 5 shots", "B gsm8k 2 shots, chat", "B gsm8k, every prompt cut"])
+def test_batch_size_changes_nothing(name, batch, models):
+    """Rows of a batch end at different times and on different strings; padding must not leak into them. The
+    special token <|im_end|> is a stop string that is not EOS: lm_eval itself depends on the batch there."""
+    samples = run(flags_of(oracle.CASES[name], models, batch))["samples"][oracle.CASES[name]["task"]]
+    assert [sample["responses"][0] for sample in samples] == [
+        document["response"] for document in GOLDEN["cases"][name]["documents"]]
+
+
+# Output, right answer, then what each filter's find is after normalisation; None: "[invalid]".
+TABLE_K = [
+    ("#### 18.", "18", "18", "18", None),
+    ("#### 18.00", "18", "18.00", "18.00", None),
+    ("#### $18", "18", None, "18", None),
+    ("####18", "18", None, "18", None),
+    ("####  18", "18", None, "18", None),
+    ("#### -18", "-18", "-18", "-18", None),
+    ("#### - 18", "-18", None, "18", None),
+    ("#### 1,000", "1000", "1000", "1000", None),
+    ("#### 1000", "1,000", "1000", "1000", None),
+    ("#### 18 dollars", "18", "18", "18", None),
+    ("#### 18%", "18", "18", "18", None),
+    ("#### 1/2", "1", "1", "2", None),
+    ("#### 3\n#### 18", "18", "3", "18", None),
+    ("#### ,", "18", "", None, None),
+    ("", "18", None, None, None),
+    (" \n ", "18", None, None, None),
+    ("eighteen", "18", None, None, None),
+    ("١٨", "18", None, None, None),
+    (".", "18", None, None, None),
+    ("#### 18\n\nQuestion: next 5", "18", "18", "5", None),
+    ("The answer is 18", "18", None, "18", "1"),
+    ("The answer is 8", "8", None, "8", None),
+    ("The answer is 18.", "18", None, "18", "18"),
+    ("The answer is $18.", "18", None, "18", None),
+    ("The answer is -18.", "-18", None, "-18", "-18"),
+    ("The answer is 1,000.", "1000", None, "1000", "1000"),
+    ("The answer is: 18.", "18", None, "18", None),
+    ("the answer is 18.", "18", None, "18", None),
+    ("It is 18...", "18", None, "18..", None),
+    ("It is 18 and so on..", "18", None, ".", None),
+    ("It is 18 (see step 3)", "18", None, "3", None),
+    ("It is 5-3", "-3", None, "-3", None),
+    ("It is **18**", "18", None, "18", None),
+    ("\\boxed{18}", "18", None, "18", None),
+    ("It is 18,", "18", None, "18", None),
+    ("It is $$", "18", None, "", None),
+    ("It is 1e3", "1000", None, "3", None),
+]
+
+
+@pytest.mark.parametrize("output, gold, strict, flexible, cot", TABLE_K)
+def test_tricky_outputs(output, gold, strict, flexible, cot):
+    """What counts as an answer is lm_eval's convention, odd as it is: none of these may be repaired."""
+    row = {"question": "", "answer": f"Work.\n#### {gold}"}
+    for name, expected in (("gsm8k", strict), ("gsm8k_cot_zeroshot", cot)):
+        task = ev.TASKS[name]
+        score = ev.score_answers(task, [row], [[output]])[0]
+        for filter_name, value in (("strict-match", expected), ("flexible-extract", flexible)):
+            assert ev.normalize(score["extracted"][filter_name][0]) == ("[invalid]" if value is None else value)
+            right = score["metrics"][f"exact_match,{filter_name}"]
+            assert right == (value == gold.replace(",", "")), filter_name
+
+
+# ---- prompts -----------------------------------------------------------------------------------------------
+
+
+def test_examples_are_drawn_from_one_stream():
+    """lm_eval draws for problem after problem: seeding anew for each would give all of them the same."""
+    drawn = ev.draw_shots(range(7473), 5, 3)
+    assert drawn == [
+        [6374, 3610, 957, 61, 742],
+        [7462, 6610, 4769, 286, 5501],
+        [5677, 687, 806, 6279, 2905],
+    ]
+    assert ev.draw_shots(range(7473), 5, 2) == drawn[:2] and ev.draw_shots([], 0, 2) == [[], []]
+
+
+def test_plain_prompt_is_what_its_docstring_shows():
+    rows = [{"question": f"{n}+{n}?", "answer": str(2 * n)} for n in (1, 2)]
+    assert ev.plain_prompt(ev.GSM8K, rows[1], rows[:1]) == (
+        "Question: 1+1?\nAnswer: 2\n\n" "Question: 2+2?\nAnswer:")
+    assert ev.cut("18\n\nQ: Why?", ["Q:", "\n\n"]) == "18"
+
+
+def test_bos_is_there_once(tokenizer, models):
+    """A template that writes BOS itself must not get a second one from the tokenizer."""
+    with_bos = ev.AutoTokenizer.from_pretrained(models / "B2048")
+    for text in ("a", "<s>a"):
+        assert ev.encode(with_bos, text).count(with_bos.bos_token_id) == 1
+    assert ev.encode(with_bos, "a", special=False) == with_bos("a").input_ids[1:]
+    assert ev.encode(tokenizer, "a") == tokenizer("a").input_ids
+
+
+def test_answers_asks_as_training_does(tmp_path):
+    """A policy is trained on one prompt; asked with another it would look worse than it is."""
+    base = str(ROOT / "tests/toy/base")
+    outcome = run("--limit 5 --device cpu --max-new-tokens 40")
+    args = gsil.parse_args(["--model", base])
+    tokenizer = ev.AutoTokenizer.from_pretrained(base)
+    rows = list(gsil.read_rows(args.heldout, "train"))[:5]
+    demos = gsil.read_demos("heldout", rows, tokenizer, {1}, 512, args)
+    model = ev.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    ids = gsil.sample(model, [demo["prompt_ids"] for demo in demos], {1}, 40, 0, 5, "")
+    for sample, demo, response in zip(outcome["samples"]["answers"], demos, ids):
+        assert sample["prompt"] == demo["prompt"] and sample["gold"] == demo["answer"]
+        assert ev.encode(tokenizer, sample["prompt"], special=False) == demo["prompt_ids"]
+        assert sample["responses"] == [tokenizer.decode(response, skip_special_tokens=True)]
+    for text in ("#### 22", "x ####22.", "#### $1,000 .", "none"):
+        assert ev.final_answer(text) == gsil.final_answer(text)
+
+
+# ---- responses ---------------------------------------------------------------------------------------------
+
+
+def test_samples_and_their_mean(models):
+    """mean@n is a mean over all samples of all problems, and the seed decides them."""
+    case = {"model": "A", "task": "gsm8k", "shots": 0}
+    once, again, other = (run(flags_of(case, models, 8) + f" --samples 3 --temperature 1 --seed {seed}")
+                          for seed in (0, 0, 1))
+    samples = once["samples"]["gsm8k"]
+    assert samples == again["samples"]["gsm8k"] != other["samples"]["gsm8k"]
+    assert all(len(sample["responses"]) == 3 for sample in samples)
+    assert len({text for sample in samples for text in sample["responses"]}) > 12
+    row = {"question": "", "answer": "#### 2"}
+    score = ev.score_answers(ev.GSM8K, [row], [["#### 2", "#### 3", "2", "#### 2"]])[0]
+    assert score["metrics"] == {"exact_match,strict-match": 0.5, "exact_match,flexible-extract": 0.75}
+
+
+def test_what_was_cut_or_empty_is_counted(models, capsys):
+    """A prompt that lost its examples, or a model that says nothing, explains a bad score."""
+    outcome = run(flags_of(oracle.CASES["A gsm8k, every prompt cut"], models))
+    result = outcome["results"]["gsm8k"]
+    assert result["truncated"] == result["n"] == 8 and "truncated" in capsys.readouterr().out
+    says = run(flags_of(oracle.CASES["A gsm8k_cot_zeroshot"], models))
+    texts = [sample["responses"][0] for sample in says["samples"]["gsm8k_cot_zeroshot"]]
+    empty = sum(not text.strip() for text in texts)
+    assert says["results"]["gsm8k_cot_zeroshot"]["empty"] == empty > 0
+
+
+def test_nan_logits_are_an_error(tmp_path, capsys):
+    """argmax over NaN is token 0: fp16 overflow would be scored as if the model had answered."""
+    model = tiny_model()
+    model.lm_head.weight.data[5, 0] = math.nan
+    model.save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    fails(capsys, f"--model {tmp_path} --limit 2 --max-new-tokens 4", "NaN", "answers")
+
+
+# ---- programs ----------------------------------------------------------------------------------------------
+
+PROMPT = "def double(n):\n"
+TEST = "\n\ndef check(candidate):\n    assert candidate(2) == 4\n\ncheck(double)"
+RIGHT = "    return 2 * n\n"
+MUST_PASS = {
+    "right": RIGHT,
+    "prints much": "    print('x' * 10 ** 7)\n" + RIGHT,
+    "needs its folder": "    import os, tempfile\n    assert os.getcwd() == os.path.realpath(os.environ['HOME'])\n"
+    "    tempfile.TemporaryFile().write(b'x')\n" + RIGHT,
+    "main guard": RIGHT + "\nif __name__ == '__main__':\n    raise ValueError\n",
+    "leaves a thread": "    import threading, time\n    threading.Thread(target=time.sleep, args=(60,)).start()\n"
+    + RIGHT,
+}
+MUST_FAIL = {
+    "wrong": "    return n\n",
+    "empty": "",
+    "syntax": "    return (\n",
+    "unclosed quotes": "    '''\n",
+    "exception": "    raise KeyboardInterrupt\n",
+    "sys.exit(0)": "    import sys\n    sys.exit(0)\n",
+    "sys.exit(0) at top level": RIGHT + "\nimport sys\nsys.exit(0)\n",
+    "os._exit(0)": "    import os\n    os._exit(0)\n",
+    "own check": "    return n\n\ndef check(candidate):\n    pass\n\nexit()\n",
+    "input()": "    input()\n" + RIGHT,
+    "endless loop": "    while True:\n        pass\n",
+    "endless loop that catches all": "    while True:\n        try:\n            while True:\n                pass\n"
+    "        except BaseException:\n            pass\n",
+    "sleep": "    import time\n    time.sleep(60)\n" + RIGHT,
+    "memory": "    x = bytearray(5 << 30)\n" + RIGHT,
+    "large file": "    with open('x', 'wb') as file:\n        file.write(bytes(100 << 20))\n" + RIGHT,
+    "segfault": "    import ctypes\n    ctypes.string_at(0)\n",
+    "guesses on stdout": "    import os\n    os.write(1, b'0' * 32)\n    os._exit(0)\n",
+    "appends to the caller's lists": "    import os, sys\n    frame = sys._getframe()\n    while frame:\n"
+    "        for value in list(frame.f_locals.values()):\n"
+    "            if isinstance(value, list):\n                value.append('passed')\n"
+    "        frame = frame.f_back\n    os._exit(0)\n",
+}
+
+
+@pytest.mark.parametrize("name", MUST_PASS)
+def test_programs_that_must_pass(name):
+    assert ev.passes(PROMPT + MUST_PASS[name] + TEST)
+
+
+@pytest.mark.parametrize("name", MUST_FAIL)
+def test_programs_that_must_fail(name):
+    """Each would otherwise be a right answer, a hang, or damage."""
+    assert not ev.passes(PROMPT + MUST_FAIL[name] + TEST, seconds=1)
+
+
+def test_programs_see_no_secrets_and_leave_nothing(tmp_path, monkeypatch):
+    """Keys in the environment are not theirs to read; a process they start must not outlive them."""
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    assert ev.passes("import os\nassert 'HF_TOKEN' not in os.environ")
+    mark = tmp_path / "alive"
+    child = f"import time; time.sleep(3); open({str(mark)!r}, 'w')"
+    ev.passes(f"import os, sys, time\nif os.fork() == 0:\n    exec({child!r})\n", seconds=1)
+    time.sleep(1.5)
+    assert not mark.exists()
+
+
+@pytest.mark.skipif(not (SHARED / "humaneval").is_dir(), reason="HumanEval is not at ../shared/data")
+def test_all_canonical_solutions_pass():
+    """What stops bad programs must not stop good ones: 164 of 164."""
+    rows = [row for _, row in ev.read_file(SHARED / "humaneval/HumanEval.jsonl.gz")]
+    scores = ev.score_programs(ev.HUMANEVAL, rows, [[row["canonical_solution"]] for row in rows])
+    assert len(scores) == 164 and all(score["metrics"] == {"pass@1,create_test": 1.0} for score in scores)
+
+
+def test_pass_at_k_is_the_chance_that_one_of_k_passes():
+    """1 - (1 - c/n)^k would be biased; counted over all choices of k samples it must come out exactly."""
+    for n, c in ((5, 0), (5, 2), (6, 5), (4, 4)):
+        samples = [i < c for i in range(n)]
+        for k in range(1, n + 1):
+            draws = [any(some) for some in combinations(samples, k)]
+            assert ev.pass_at_k(n, c, k) == pytest.approx(sum(draws) / len(draws))
+    row = {"prompt": PROMPT, "test": TEST.rpartition("\n")[0], "entry_point": "double"}
+    score = ev.score_programs(ev.HUMANEVAL, [row], [[RIGHT, "", ""]])[0]
+    assert score["passed"] == [True, False, False]
+    assert score["metrics"] == {"pass@1,create_test": pytest.approx(1 / 3), "pass@2,create_test": pytest.approx(2 / 3)}
+
+
+# ---- results -----------------------------------------------------------------------------------------------
+
+
+def test_compare_by_hand():
+    """Three problems only A has right, one only B: difference 2/10, p = 2 (1 + 4) / 16."""
+    ours = [1, 1, 1, 0, 1, 1, 0, 0, 0, 0]
+    theirs = [0, 0, 0, 1, 1, 1, 0, 0, 0, 0]
+    found = ev.compare(ours, theirs)
+    assert found["difference"] == pytest.approx(0.2) and found["mcnemar_p"] == pytest.approx(0.625)
+    deviation = math.sqrt((3 * 0.8**2 + 1.2**2 + 6 * 0.2**2) / 9)
+    assert found["half_width"] == pytest.approx(1.96 * deviation / math.sqrt(10))
+    assert ev.compare([1, 0], [1, 0])["mcnemar_p"] == 1.0
+    assert ev.compare([0.5, 0], [1, 0])["mcnemar_p"] is None
+    assert ev.compare([1], [0]) == {"difference": 1, "half_width": None, "mcnemar_p": 1.0}
+
+
+def test_the_interval_holds_what_it_promises():
+    """Of 95 % intervals from known models, about 95 % must contain the true difference."""
+    rng, inside = random.Random(0), 0
+    for _ in range(400):
+        pairs = [(rng.random() < 0.6, rng.random() < 0.5) for _ in range(200)]
+        found = ev.compare([int(a) for a, _ in pairs], [int(b) for _, b in pairs])
+        inside += abs(found["difference"] - 0.1) <= found["half_width"]
+    assert 0.92 <= inside / 400 <= 0.98
+
+
+def test_out_and_compare(tmp_path, capsys):
+    """What a table is based on must be in the file: settings, versions, each prompt and response."""
+    base = str(ROOT / "tests/toy/base")
+    outcome = run(f"--limit 6 --max-new-tokens 40 --compare {base} --out {tmp_path}/scores.json")
+    saved = json.loads((tmp_path / "scores.json").read_text())
+    assert saved == json.loads(json.dumps(outcome))
+    assert saved["settings"]["limit"] == 6 and "torch" in saved["versions"]
+    assert saved["results"]["answers"]["n"] == 6 == len(saved["samples"]["answers"])
+    found = saved["compare"]["results"]["answers"]["exact_match,final-answer"]
+    assert found == {"difference": 0, "half_width": 0, "mcnemar_p": 1.0}
+    assert "minus" in capsys.readouterr().out
+
+
+def test_limit_counts_as_in_lm_eval(capsys):
+    """A share is rounded up; the first problems, so that their examples stay the same."""
+    assert run("--limit 0.005 --max-new-tokens 4")["results"]["answers"]["n"] == 3
+    assert run("--limit 1 --max-new-tokens 4")["results"]["answers"]["exact_match_stderr,final-answer"] is None
+
+
+# ---- bad input ---------------------------------------------------------------------------------------------
+
+GSM_ROW = {"question": "1+1?", "answer": "2\n#### 2"}
+CODE_ROW = {"prompt": PROMPT, "test": "def check(candidate):\n    pass\n", "entry_point": "double"}
+
+
+@pytest.mark.parametrize(
+    "task, rows, says",
+    [
+        ("gsm8k", [GSM_ROW, {"question": "1+1?"}], ["line 2", "answer", "None"]),
+        ("gsm8k", [GSM_ROW, {"question": "1+1?", "answer": 18}], ["line 2", "answer", "18"]),
+        ("gsm8k", [GSM_ROW, {"question": "1+1?", "answer": "It is 2"}], ["line 2", "answer", "It is 2", "#### "]),
+        ("gsm8k", [{"question": ["1+1?"], "answer": "#### 2"}], ["line 1", "question", "['1+1?']"]),
+        ("gsm8k", [], ["0 problems"]),
+        ("gsm8k", ["text"], ["line 1", "'text'"]),
+        ("answers", [{"question": "1+1?", "answer": "2"}], ["line 1", "answer"]),
+        ("humaneval", [{"prompt": PROMPT, "test": ""}], ["line 1", "entry_point"]),
+        ("humaneval", [CODE_ROW | {"entry_point": "triple"}], ["line 1", "entry_point", "triple"]),
+    ],
+)
+def test_bad_rows(task, rows, says, tmp_path, capsys):
+    """lm_eval scores most of these as silent zeros."""
+    file = write_jsonl(tmp_path / "test.jsonl", rows)
+    flags = f"--model nowhere --tasks {task} --data {task}={file} --shots 0 --allow-code-execution"
+    fails(capsys, flags, "error: ", *says)
+
+
+@pytest.mark.parametrize(
+    "flags, says",
+    [
+        ("--tasks gsm9k", ["gsm9k", "humaneval"]),
+        ("--tasks gsm8k,gsm8k", ["gsm8k", "twice"]),
+        ("--tasks gsm8k --data humaneval=x", ["humaneval", "--tasks gsm8k"]),
+        ("--data answers", ["TASK=PATH"]),
+        ("--data answers=nowhere.jsonl", ["nowhere.jsonl"]),
+        ("--limit 0", ["--limit", "0"]),
+        ("--limit 2.5", ["--limit", "2.5"]),
+        ("--samples 2", ["--temperature"]),
+        ("--tasks humaneval", ["--allow-code-execution"]),
+        ("--max-new-tokens 512 --limit 1", ["512", "window", "--max-new-tokens"]),
+        ("--model nowhere", ["nowhere"]),
+    ],
+)
+def test_bad_flags(flags, says, capsys):
+    fails(capsys, flags, "error: ", *says)
+
+
+def test_too_few_rows_for_the_examples(tmp_path, capsys):
+    for split, n in (("train", 3), ("test", 2)):
+        write_jsonl(tmp_path / f"{split}.jsonl", [GSM_ROW] * n)
+    flags = f"--tasks gsm8k --model nowhere --data gsm8k={tmp_path}"
+    fails(capsys, flags, "3 rows", "5 worked examples")
+    (tmp_path / "train.jsonl").rename(tmp_path / "training.jsonl")
+    fails(capsys, flags, "train.*")
+
+
+def test_no_template_and_no_eos(tmp_path, capsys):
+    """Without a template --chat would silently ask in another format; without EOS nothing could end."""
+    tiny_model().save_pretrained(tmp_path)
+    tokenizer = byte_tokenizer(chat_template=None)
+    tokenizer.save_pretrained(tmp_path)
+    row = write_jsonl(tmp_path / "gsm8k.jsonl", [GSM_ROW])
+    fails(capsys, f"--model {tmp_path} --tasks gsm8k --chat --shots 0 --data gsm8k={row}", "chat template")
+    fails(capsys, f"--model {tmp_path}", "chat template")
+    tokenizer.eos_token = tokenizer.pad_token = None
+    tokenizer.save_pretrained(tmp_path)
+    fails(capsys, f"--model {tmp_path} --tasks gsm8k --shots 0 --data gsm8k={row}", "EOS")
+
+
+def test_files_as_people_have_them(tmp_path):
+    """BOM, CRLF, blank lines, a list instead of lines, gzip: all the same two rows."""
+    lines = [json.dumps(GSM_ROW | {"question": q}) for q in ("a\u2028b", "c")]
+    contents = {
+        "a.jsonl": "\n".join(lines).encode(),
+        "b.jsonl": b"\xef\xbb\xbf" + "\r\n\r\n".join(lines).encode() + b"\r\n",
+        "c.json": ("[" + ",\n".join(lines) + "]").encode(),
+        "d.jsonl.gz": gzip.compress("\n".join(lines).encode()),
+    }
+    found = []
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+        found.append([row for _, row in ev.read_file(tmp_path / name)])
+    assert len(found[0]) == 2 and all(rows == found[0] for rows in found)
+
+
+@pytest.mark.parametrize("content", [b'{"question": "a"}\n{oops\n', b"\xff\xfe", b'[{"a": 1},\n{oops}]'])
+def test_files_that_cannot_be_read(content, tmp_path, capsys):
+    (tmp_path / "x.jsonl").write_bytes(content)
+    sentence = fails(capsys, f"--data answers={tmp_path}/x.jsonl", "x.jsonl")
+    assert "line 2" in sentence or "UTF-8" in sentence
