@@ -1,20 +1,19 @@
 """Benchmarks in one file, scored exactly as EleutherAI's lm_eval 0.4.13 scores them.
 
-A score is a pile of small decisions: the prompt to the character, which worked examples precede it, where a
+A score is a pile of small decisions: the prompt to the character, the worked examples before it, where a
 response is cut, which number in it counts, when two numbers are equal. Each moves the score, so none is ours:
-on the same model and data every prompt, response and per-problem metric is lm_eval's, and tests/parity checks
-it. One task is our own: `answers` asks as gsil.py and irft.py train.
+on the same model and data every prompt, response and per-problem metric is lm_eval's (tests/parity). Only the
+task `answers` is our own: it asks as gsil.py and irft.py train.
 
     prompt      worked examples + question, as plain text, or with --chat as the turns of a conversation
     response    greedy, or --samples of them at --temperature; cut at the task's stop strings
     score       gsm8k: a number is found in the response and compared with the right one, as text
                 humaneval: prompt + response + the problem's own tests is a program that passes or does not
 
-A value is a mean over problems, stderr (standard deviation / sqrt(n)) what other problems of the kind would
-move it by. Two models answer the same problems, so --compare tests their differences problem by problem, far
-sharper than one mean beside the other. Data come from the Hub; --data gsm8k=DIR reads test.* and train.* there.
+A value is a mean over problems, stderr = standard deviation / sqrt(n). Two models answer the same problems,
+so --compare tests their differences problem by problem: far sharper than one mean beside the other.
 
-    python eval.py                                      # the toy's base model on its held-out problems, seconds
+    python eval.py                                  # the toy's base model on its held-out problems, seconds
     python eval.py --model runs/gsil-logistic-1/round_1 --compare tests/toy/base
     python eval.py --model M --tasks gsm8k,humaneval --allow-code-execution --out scores.json
 """
@@ -32,6 +31,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -53,10 +53,11 @@ def parse_args(argv=None):
     flag("--model", default=str(TOY / "base"), help="folder or Hub name")
     flag("--compare", metavar="MODEL", help="a second model: differences problem by problem")
     flag("--tasks", default="answers", help=f"separated by commas: {', '.join(TASKS)}")
-    flag("--data", action="append", default=[], metavar="TASK=PATH", help="file, or folder with test.* train.*")
+    flag("--data", action="append", default=[], metavar="TASK=PATH", help="instead of the Hub: the problems' "
+         "file, or\ntheir folder with test.*; worked examples come from train.* in the same folder")
     flag("--limit", type=number(float, above=0), help="the first so many problems; below 1 a share of them")
     # how
-    flag("--shots", type=number(int, 0), help="worked examples; tasks that have none by themselves keep none")
+    flag("--shots", type=number(int, 0), help="worked examples; where a task has none there will be none")
     flag("--chat", action="store_true", help="ask in the model's chat template; `answers` always does")
     flag("--max-new-tokens", type=number(int, 1), help="of a response; default: the task's own")
     flag("--samples", type=number(int, 1), default=1, help="per problem: their mean, for programs pass@k")
@@ -64,7 +65,7 @@ def parse_args(argv=None):
     flag("--seed", type=number(int, 0), default=0, help="of samples, which depend on --batch-size too")
     flag("--allow-code-execution", action="store_true", help="run what the model writes; not in a sandbox")
     # the run
-    flag("--batch-size", type=number(int, 1), default=16, help="prompts at a time; larger: faster, more memory")
+    flag("--batch-size", type=number(int, 1), default=16, help="prompts at a time: only speed and memory")
     flag("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto", help="auto: as saved")
     flag("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto", help="auto: the first there is")
     flag("--out", help="JSON file for settings, versions, results and every sample")
@@ -74,12 +75,12 @@ def parse_args(argv=None):
 # ---- 1. Prompts: what is asked -----------------------------------------------------------------------------
 
 def draw_shots(pool, k, n):
-    """k worked examples for each of n problems. One stream for all (lm_eval's seed): their order matters."""
+    """k worked examples for each of n problems, from one stream with lm_eval's seed: order matters."""
     stream = random.Random(1234)
     return [stream.sample(pool, k) if k else [] for _ in range(n)]
 
 def plain_prompt(task, row, shots):
-    """'Question: 1+1?\\nAnswer: 2\\n\\n' per example, then 'Question: 2+2?\\nAnswer:', no blank at the end."""
+    """'Question: 1+1?\\nAnswer: 2\\n\\n' per example, then 'Question: 2+2?\\nAnswer:' without a blank."""
     examples = [f"{task.question(shot)} {task.target(shot)}\n\n" for shot in shots]
     return "".join(examples) + task.question(row) + task.begin(row)
 
@@ -89,8 +90,9 @@ def chat_prompt(task, row, shots, tokenizer):
     for shot in shots:
         turns += [("user", task.question(shot)), ("assistant", task.target(shot))]
     turns += [("user", task.question(row))] + ([("assistant", begun)] if begun else [])
-    return tokenizer.apply_chat_template([{"role": role, "content": text} for role, text in turns], tokenize=False,
-                                         add_generation_prompt=not begun, continue_final_message=bool(begun))
+    messages = [{"role": role, "content": text} for role, text in turns]
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=not begun,
+                                         continue_final_message=bool(begun))
 
 def encode(tokenizer, prompt, special=True):
     """Token ids, with the BOS this tokenizer adds, unless the text (a rendered template) begins with it."""
@@ -112,26 +114,24 @@ def generate(model, tokenizer, prompts, stop, max_new_tokens, temperature, batch
     reach = max(len(text.encode()) for text in stop) + 2            # as many tokens surely hold a stop string
     ends = model.generation_config.eos_token_id                     # an id, a list of ids or None
     ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
-    pad = [i for i in (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.eos_token_id) if i is not None][0]
-    how = {"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
     responses, order = [""] * len(prompts), sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     for rows in tqdm(chunks(order, batch), desc=name, leave=False, disable=None):
-        width = len(prompts[rows[0]])
-        pads = [width - len(prompts[i]) for i in rows]
-        ids = torch.tensor([[pad] * n + prompts[i] for n, i in zip(pads, rows)], device=model.device)   # (B, P)
-        mask = torch.tensor([[0] * n + [1] * (width - n) for n in pads], device=model.device)
+        padded = tokenizer.pad({"input_ids": [prompts[i] for i in rows]}, padding_side="left",
+                               return_tensors="pt").to(model.device)        # ids and mask, (B, P) each
+        width = padded.input_ids.shape[1]
 
         def stopped(ids, scores, **_):          # (B, T) -> (B,): saves time, `cut` decides
             tails = tokenizer.batch_decode(ids[:, max(width, ids.shape[1] - reach):])
             return torch.tensor([any(text in tail for text in stop) for tail in tails], device=ids.device)
 
         def checked(ids, logits):               # (B, V): the argmax of NaNs would be taken for an answer
-            return die(f"{name}: the logits are NaN: broken weights, or a --dtype of too small range") \
-                if logits.isnan().any() else logits
+            return logits if not logits.isnan().any() else die(
+                f"{name}: the model's logits are NaN: broken weights, or a --dtype of too small range")
 
-        out = model.generate(ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=temperature > 0,
-                             pad_token_id=pad, eos_token_id=sorted(ends), use_cache=True,
-                             stopping_criteria=[stopped], logits_processor=[checked], **how)
+        out = model.generate(**padded, max_new_tokens=max_new_tokens, do_sample=temperature > 0,
+                             temperature=temperature or None, top_k=0, top_p=1.0, eos_token_id=sorted(ends),
+                             pad_token_id=tokenizer.pad_token_id, use_cache=True,
+                             stopping_criteria=[stopped], logits_processor=[checked])       # (B, P + R)
         for i, said in zip(rows, out[:, width:].tolist()):          # what follows EOS is padding
             end = next((n for n, token in enumerate(said) if token in ends), len(said))
             responses[i] = cut(tokenizer.decode(said[:end], skip_special_tokens=True), stop)
@@ -147,7 +147,7 @@ def cut(text, stop):
 # ---- 3. Answers: is the number right? ----------------------------------------------------------------------
 
 def find(pattern, which, text):
-    """The first (which 0) or last (-1) match of a pattern, its first group that is not empty; or [invalid]."""
+    """The first (which 0) or last (-1) match, of it the first group that is not empty; or [invalid]."""
     found = re.findall(pattern, text)
     groups = found[which] if found else ["[invalid]"]
     return (groups if isinstance(groups, str) else next(filter(None, groups))).strip()
@@ -169,8 +169,9 @@ def score_answers(task, rows, responses):
     for row, texts in zip(rows, responses):
         gold = task.reduce(row["answer"])
         found = {name: [extract(text) for text in texts] for name, extract in task.filters.items()}
-        scores.append({"gold": gold, "extracted": found, "metrics": {
-            f"exact_match,{name}": fmean(task.reduce(text) == gold for text in found[name]) for name in found}})
+        metrics = {f"exact_match,{name}": fmean(task.reduce(answer) == gold for answer in answers)
+                   for name, answers in found.items()}
+        scores.append({"gold": gold, "extracted": found, "metrics": metrics})
     return scores
 
 
@@ -211,10 +212,8 @@ def passes(program, seconds=SECONDS):
         except (subprocess.TimeoutExpired, BrokenPipeError, UnicodeDecodeError):
             said = ""
         finally:
-            try:
+            with suppress(ProcessLookupError):
                 os.killpg(child.pid, signal.SIGKILL)        # with everything it has started
-            except ProcessLookupError:
-                pass
             child.wait()
     return said == nonce
 
@@ -224,16 +223,16 @@ def pass_at_k(n, passed, k):
 
 def score_programs(task, rows, responses):
     """prompt + response + tests, run; pass@k for the k that the samples suffice for. A dict per row."""
-    n, filter_name = len(responses[0]), next(iter(task.filters))
-    begun = [[row["prompt"] + task.filters[filter_name](text) for text in texts]
-             for row, texts in zip(rows, responses)]
+    n, [(name, extract)] = len(responses[0]), task.filters.items()
+    codes = [[row["prompt"] + extract(text) for text in texts] for row, texts in zip(rows, responses)]
     tests = [f"{row['test']}\ncheck({row['entry_point']})" for row in rows]
-    programs = [f"{program}\n{test}" for test, some in zip(tests, begun) for program in some]
+    programs = [f"{code}\n{test}" for some, test in zip(codes, tests) for code in some]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         ran = list(tqdm(pool.map(passes, programs), "programs", len(programs), leave=False, disable=None))
-    return [{"gold": test, "extracted": {filter_name: some}, "passed": passed, "metrics": {
-        f"pass@{k},{filter_name}": pass_at_k(n, sum(passed), k) for k in (1, 2, 5, 10, 16, 32, 64, 100) if k <= n}}
-        for test, some, passed in zip(tests, begun, chunks(ran, n))]
+    ks = [k for k in (1, 2, 5, 8, 10, 16, 32, 64, 100) if k <= n]
+    return [{"gold": test, "extracted": {name: some}, "passed": passed,
+             "metrics": {f"pass@{k},{name}": pass_at_k(n, sum(passed), k) for k in ks}}
+            for test, some, passed in zip(tests, codes, chunks(ran, n))]
 
 
 # ---- 5. Tasks ----------------------------------------------------------------------------------------------
@@ -241,7 +240,7 @@ def score_programs(task, rows, responses):
 @dataclass(frozen=True)
 class Task:
     """One benchmark; texts and names are those of the task's file in lm_eval 0.4.13."""
-    data: tuple                                     # Hub name, or file; configuration
+    data: tuple                                     # Hub name and configuration, or a file
     fields: tuple                                   # columns that have to be text
     question: Callable                              # row -> what is asked
     score: Callable                                 # task, rows, responses -> a dict per row
@@ -254,23 +253,25 @@ class Task:
     reduce: Callable = normalize                    # right answer and found answer -> what is compared
     trained: bool = False                           # asks as the training scripts do: always the template
 
-ANSWERS = Task((str(TOY / "heldout.jsonl"), None), ("question", "answer"), lambda row: row["question"],
-               score_answers, {"final-answer": lambda text: find("####[^\n]+", 0, text)}, reduce=final_answer,
-               trained=True)
-GSM8K = Task(("openai/gsm8k", "main"), ("question", "answer"), lambda row: f"Question: {row['question']}\nAnswer:",
-             score_answers, {"strict-match": lambda text: find(r"#### (\-?[0-9\.\,]+)", 0, text),
-                             "flexible-extract": lambda text: find(r"(-?[$0-9.,]{2,})|(-?[0-9]+)", -1, text)},
-             ("Question:", "</s>", "<|im_end|>"), shots=5)
+ANSWERS = Task(
+    (str(TOY / "heldout.jsonl"),), ("question", "answer"), lambda row: row["question"], score_answers,
+    {"final-answer": lambda text: find("####[^\n]+", 0, text)}, reduce=final_answer, trained=True)
+GSM8K = Task(
+    ("openai/gsm8k", "main"), ("question", "answer"), lambda row: f"Question: {row['question']}\nAnswer:",
+    score_answers, {"strict-match": lambda text: find(r"#### (\-?[0-9\.\,]+)", 0, text),
+                    "flexible-extract": lambda text: find(r"(-?[$0-9.,]{2,})|(-?[0-9]+)", -1, text)},
+    stop=("Question:", "</s>", "<|im_end|>"), shots=5)
 GSM8K_COT_ZEROSHOT = replace(
     GSM8K, question=lambda row: f"Q: {row['question']}\nA: Let's think step by step.", shots=0,
     stop=("Q:", "</s>", "<|im_end|>"), filters=GSM8K.filters | {
         "strict-match": lambda text: find(r"The answer is (\-?[0-9\.\,]+).", 0, text)})
-HUMANEVAL = Task(("openai/openai_humaneval", None), ("prompt", "test", "entry_point"), lambda row: row["prompt"],
-                 score_programs, {"create_test": lambda text: text},
-                 ("\nclass", "\ndef", "\n#", "\nif", "\nprint"), max_new_tokens=1024)
+HUMANEVAL = Task(
+    ("openai/openai_humaneval",), ("prompt", "test", "entry_point"), lambda row: row["prompt"],
+    score_programs, {"create_test": lambda text: text}, max_new_tokens=1024,
+    stop=("\nclass", "\ndef", "\n#", "\nif", "\nprint"))
 HUMANEVAL_INSTRUCT = replace(
-    HUMANEVAL, question=lambda row: "Write a solution to the following problem and make sure that it passes the "
-                                    f"tests:\n```python\n{row['prompt']}\n```\n",
+    HUMANEVAL, question=lambda row: "Write a solution to the following problem and make sure that it passes "
+                                    f"the tests:\n```python\n{row['prompt']}\n```\n",
     begin=lambda row: f"Here is the completed function:\n```python\n{row['prompt']}\n",
     filters={"create_test": lambda text: text.split("```")[0]})
 TASKS = {"answers": ANSWERS, "gsm8k": GSM8K, "gsm8k_cot_zeroshot": GSM8K_COT_ZEROSHOT,
@@ -286,8 +287,8 @@ def evaluate(path, data, args):
     for name, (rows, shots) in data.items():
         task = TASKS[name]
         if (args.chat or task.trained) and not tokenizer.chat_template:
-            die(f"{path} has no chat template; " + ("answers needs the one it was trained with" if task.trained
-                                                   else "without --chat it is asked in plain text"))
+            die(f"{path} has no chat template: {name} needs the one of the training" if task.trained
+                else f"{path} has no chat template: leave out --chat to ask in plain text")
         prompts = [chat_prompt(task, row, some, tokenizer) if args.chat or task.trained
                    else plain_prompt(task, row, some) for row, some in zip(rows, shots)]
         ids = [encode(tokenizer, prompt, special=not task.trained) for prompt in prompts]
@@ -345,11 +346,14 @@ def main(args):
     if args.compare:
         other = evaluate(args.compare, data, args)
         print_results(other)
-        outcome["compare"] = {"model": args.compare, "samples": other["samples"], "results": {
-            name: {metric: compare(*([sample["metrics"][metric] for sample in model["samples"][name]]
-                                     for model in (outcome, other))) for metric in samples[0]["metrics"]}
-            for name, samples in outcome["samples"].items()}}
-        print_comparison(outcome)
+        outcome["compare"] = other | {"differences": {}}
+        for name, samples in outcome["samples"].items():
+            for metric in samples[0]["metrics"]:
+                ours, theirs = ([sample["metrics"][metric] for sample in model["samples"][name]]
+                                for model in (outcome, other))
+                outcome["compare"]["differences"][f"{name},{metric}"] = compare(ours, theirs)
+        print_table(["difference of the two", "", "+-", "p"], [
+            [name, *found.values()] for name, found in outcome["compare"]["differences"].items()])
     if args.out:
         Path(args.out).write_text(json.dumps(outcome, indent=1) + "\n", encoding="utf-8")
     return outcome
@@ -374,14 +378,11 @@ def number(kind, low=-math.inf, above=-math.inf, word=None):
 def complete(args, parser):
     """--tasks as a list, --data as a dict; flags that contradict each other."""
     args.tasks = args.tasks.split(",")
-    for name in args.tasks:
-        if name not in TASKS or args.tasks.count(name) > 1:
-            parser.error(f"--tasks: {name!r} is {'named twice' if name in TASKS else 'not one of ' + str([*TASKS])}")
+    if not {*args.tasks} <= {*TASKS} or len({*args.tasks}) < len(args.tasks):
+        parser.error(f"--tasks {','.join(args.tasks)}: each once, out of {', '.join(TASKS)}")
     args.data = dict(item.partition("=")[::2] for item in args.data)
     if not {*args.data} <= {*args.tasks} or "" in args.data.values():
-        parser.error(f"--data {args.data}: it should be TASK=PATH, TASK one of --tasks {','.join(args.tasks)}")
-    if (args.limit or 0) > 1 and args.limit % 1:
-        parser.error(f"--limit {args.limit}: a whole number of problems, or a share below 1")
+        parser.error(f"--data {args.data}: should be TASK=PATH, TASK one of --tasks {','.join(args.tasks)}")
     if args.samples > 1 and not args.temperature:
         parser.error(f"--samples {args.samples}: greedy ones would all be the same, set --temperature")
     return args
@@ -391,57 +392,54 @@ def chunks(items, size):
 
 def read_task(name, task, args):
     """The rows to ask, up to --limit, and the worked examples of each."""
-    path = Path(args.data.get(name) or task.data[0])
-    local = name in args.data or path.is_file()
-    k = task.shots and (task.shots if args.shots is None else args.shots)
-    splits = {"test": path, "train": path if path.is_dir() else path.parent} if local else {}
-    rows, pool = [read_rows(splits.get(split), task.data, split, task.fields)
-                  for split in ("test", "train")[:1 + bool(k)]] + [[]] * (not k)
-    for place, row in rows:
-        if task.score is score_answers and not ("#### " in row["answer"] and task.reduce(row["answer"]).strip()):
-            die(f"{place}: answer ends in {row['answer'][-20:]!r}, it should end in '#### ' and the right value")
-        if "entry_point" in row and not re.search(rf"\b{re.escape(row['entry_point'])}\b", row["prompt"]):
+    k = task.shots if args.shots is None or task.shots == 0 else args.shots         # as lm_eval does
+    source = args.data.get(name, task.data[0])
+    path = Path(source)
+    if name in args.data or path.is_file():
+        rows = read_rows(path, "test")
+        pool = read_rows(path if path.is_dir() else path.parent, "train") if k else []
+    else:
+        rows, pool = read_hub(*task.data, split="test"), read_hub(*task.data, split="train") if k else []
+    if not rows or len(pool) < k:
+        die(f"{source}: {len(rows)} problems, {len(pool)} rows to draw {k} worked examples from: too few")
+    for place, row in rows + pool:
+        row = row if isinstance(row, dict) else {}
+        for field in task.fields:
+            if not isinstance(row.get(field), str):
+                die(f"{place}: {field} should be text, found {row.get(field)!r}")
+        if "answer" in task.fields and not ("#### " in row["answer"] and task.reduce(row["answer"]).strip()):
+            die(f"{place}: answer ends in {row['answer'][-20:]!r}, should end in '#### ' and the right value")
+        if "prompt" in task.fields and not re.search(rf"\b{re.escape(row['entry_point'])}\b", row["prompt"]):
             die(f"{place}: entry_point {row['entry_point']!r} is not defined in prompt")
-    if len(pool) < k or not rows:
-        die(f"{path}: {len(rows)} problems, {len(pool)} rows to draw {k} worked examples from: too few")
     limit = args.limit or len(rows)
     rows = [row for _, row in rows][:math.ceil(limit * len(rows)) if limit < 1 else int(limit)]
     return rows, draw_shots([row for _, row in pool], k, len(rows))
 
-def read_rows(path, hub, split, fields):
-    """[(place, row)] of a file, of the file named like the split in a folder, or of the Hub without a path."""
-    if path is None:
-        import datasets                     # slow, and local files do not need it
-        try:
-            rows = [(f"{hub[0]} {split} row {n}", row)
-                    for n, row in enumerate(datasets.load_dataset(*hub, split=split), 1)]
-        except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
-            die(f"{hub[0]} from the Hub: {str(error).splitlines()[0]}; --data TASK=PATH reads local files")
-    else:
-        files = sorted(path.glob(f"{split}.*")) if path.is_dir() else [path]
-        if len(files) != 1 or not files[0].is_file():
-            die(f"{path}: there should be a file" + f", just one, named {split}.*" * path.is_dir())
-        rows = read_file(files[0])
-    for place, row in rows:
-        for field in fields:
-            if not isinstance(row, dict) or not isinstance(row.get(field), str):
-                die(f"{place}: {field} should be text, found {row.get(field) if isinstance(row, dict) else row!r}")
+def read_rows(path, split):
+    """[(place, row)] of a file, or of the file named like the split in a folder."""
+    files = sorted(path.glob(f"{split}.*")) if path.is_dir() else [path]
+    if len(files) != 1 or not files[0].is_file():
+        die(f"{path}: there should be a file" + f", just one, named {split}.*" * path.is_dir())
+    file, rows, n = files[0], [], 0
+    if ".jsonl" not in file.suffixes:                       # .json, .csv, .parquet
+        return read_hub(file.suffix[1:], data_files=str(file), split="train")
+    try:
+        with (gzip.open if file.suffix == ".gz" else open)(file, "rt", encoding="utf-8-sig") as lines:
+            for n, line in enumerate(lines, 1):
+                rows += [(f"{file} line {n}", json.loads(line))] if line.strip() else []
+    except (OSError, EOFError, ValueError) as error:
+        die(f"{file} line {n}: {error}; expected is one JSON object on each line, in UTF-8")
     return rows
 
-def read_file(path):
-    """[(place, row)] of a file in JSON: one object a line, or one list; .gz too."""
+def read_hub(*source, split, **files):
+    """[(place, row)] of a dataset on the Hub, or of a file, through `datasets`."""
+    import datasets                         # slow, and a .jsonl file does not need it
+    name = files.get("data_files", source[0])
     try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig") as file:
-            text = file.read()
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        die(f"{path}: not text in UTF-8, or not what gzip writes: {error}")
-    whole, rows = text.lstrip().startswith("["), []
-    for n, line in enumerate([text] if whole else text.split("\n"), 1):
-        try:
-            rows += [(f"{path} line {n}", json.loads(line))] if line.strip() else []
-        except json.JSONDecodeError as error:
-            die(f"{path} line {error.lineno if whole else n}: not JSON ({error.msg}); one object a line, or a list")
-    return [(f"{path} row {n}", row) for n, row in enumerate(rows[0][1], 1)] if whole else rows
+        rows = datasets.load_dataset(*source, split=split, **files)
+        return [(f"{name} row {n}", row) for n, row in enumerate(rows, 1)]
+    except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
+        die(f"{name}: {str(error).splitlines()[0]}; --data TASK=PATH reads local files")
 
 def load(path, args):
     """Model, tokenizer, window: as many tokens as prompt and response may have together."""
@@ -458,29 +456,29 @@ def load(path, args):
         die(f"{path}: not a causal language model: {str(error).splitlines()[0]}")
     if tokenizer.eos_token is None:
         die(f"{path}: the tokenizer has no EOS token, a response could not end")
-    bos = tokenizer.bos_token if tokenizer.bos_token_id in tokenizer("a").input_ids[:1] else "no BOS token"
-    print(f"{path}: {sum(p.numel() for p in model.parameters()):,} parameters, {model.dtype}, {device}; {bos} before "
-          f"prompts" + "; no pad token, another stands in" * (tokenizer.pad_token is None))
+    begin = tokenizer.bos_token if tokenizer.bos_token_id in tokenizer("a").input_ids[:1] else "no BOS token"
+    print(f"{path}: {sum(p.numel() for p in model.parameters()):,} parameters, {model.dtype}, {device}; prompts"
+          f" begin with {begin}" + "; no pad token, another stands in" * (tokenizer.pad_token is None))
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     config = getattr(model.config, "text_config", None) or model.config
-    given = [getattr(config, name, None) for name in ("n_positions", "max_position_embeddings", "n_ctx")]
-    given += [tokenizer.model_max_length] * (tokenizer.model_max_length < 1e29)
-    return model, tokenizer, next((window for window in given if window), 2048)
+    windows = [getattr(config, name, None) for name in ("n_positions", "max_position_embeddings", "n_ctx")]
+    windows += [tokenizer.model_max_length] * (tokenizer.model_max_length < 1e29)
+    return model, tokenizer, next((window for window in windows if window), 2048)
 
 def print_results(outcome):
-    print(f"\n{'':20}{'':30}{'value':>8}{'stderr':>8}{'n':>6}{'shots':>6}{'truncated':>10}{'empty':>6}")
+    told, rows = ["n", "shots", "truncated", "empty"], []
     for name, result in outcome["results"].items():
         for metric in outcome["samples"][name][0]["metrics"]:
-            error = result[metric.replace(",", "_stderr,")]
-            print(f"{name:20}{metric:30}{result[metric]:8.4f}{'-' if error is None else f'{error:.4f}':>8}"
-                  + f"{result['n']:6}{result['shots']:6}{result['truncated']:10}{result['empty']:6}")
+            both = result[metric], result[metric.replace(",", "_stderr,")]
+            rows.append([f"{name},{metric}", *both, *(result[key] for key in told)])
+    print_table([Path(outcome["model"]).name, "value", "stderr", *told], rows)
 
-def print_comparison(outcome):
-    print(f"\n{outcome['model']} minus {outcome['compare']['model']}\n{'':50}{'difference':>10}{'95 %':>9}{'p':>10}")
-    for name, metrics in outcome["compare"]["results"].items():
-        for metric, found in metrics.items():
-            half, p = found["half_width"], found["mcnemar_p"]
-            print(f"{name:20}{metric:30}{found['difference']:+10.4f}{'' if half is None else f'± {half:.4f}':>9}"
-                  f"{'' if p is None else f'{p:.3g}':>10}")
+def print_table(head, rows):
+    for name, *cells in [head, *rows]:
+        cells = [f"{cell:.4f}" if isinstance(cell, float) else "-" if cell is None else cell for cell in cells]
+        print(f"{name:48}" + "".join(f"{cell:>10}" for cell in cells))
+    print()
 
 
 if __name__ == "__main__":

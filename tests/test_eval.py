@@ -327,7 +327,7 @@ def test_programs_see_no_secrets_and_leave_nothing(tmp_path, monkeypatch):
 @pytest.mark.skipif(not (SHARED / "humaneval").is_dir(), reason="HumanEval is not at ../shared/data")
 def test_all_canonical_solutions_pass():
     """What stops bad programs must not stop good ones: 164 of 164."""
-    rows = [row for _, row in ev.read_file(SHARED / "humaneval/HumanEval.jsonl.gz")]
+    rows = [row for _, row in ev.read_rows(SHARED / "humaneval/HumanEval.jsonl.gz", "test")]
     scores = ev.score_programs(ev.HUMANEVAL, rows, [[row["canonical_solution"]] for row in rows])
     assert len(scores) == 164 and all(score["metrics"] == {"pass@1,create_test": 1.0} for score in scores)
 
@@ -379,9 +379,9 @@ def test_out_and_compare(tmp_path, capsys):
     assert saved == json.loads(json.dumps(outcome))
     assert saved["settings"]["limit"] == 6 and "torch" in saved["versions"]
     assert saved["results"]["answers"]["n"] == 6 == len(saved["samples"]["answers"])
-    found = saved["compare"]["results"]["answers"]["exact_match,final-answer"]
+    found = saved["compare"]["differences"]["answers,exact_match,final-answer"]
     assert found == {"difference": 0, "half_width": 0, "mcnemar_p": 1.0}
-    assert "minus" in capsys.readouterr().out
+    assert "difference" in capsys.readouterr().out
 
 
 def test_limit_counts_as_in_lm_eval(capsys):
@@ -404,7 +404,7 @@ CODE_ROW = {"prompt": PROMPT, "test": "def check(candidate):\n    pass\n", "entr
         ("gsm8k", [GSM_ROW, {"question": "1+1?", "answer": "It is 2"}], ["line 2", "answer", "It is 2", "#### "]),
         ("gsm8k", [{"question": ["1+1?"], "answer": "#### 2"}], ["line 1", "question", "['1+1?']"]),
         ("gsm8k", [], ["0 problems"]),
-        ("gsm8k", ["text"], ["line 1", "'text'"]),
+        ("gsm8k", ["text"], ["line 1", "question"]),
         ("answers", [{"question": "1+1?", "answer": "2"}], ["line 1", "answer"]),
         ("humaneval", [{"prompt": PROMPT, "test": ""}], ["line 1", "entry_point"]),
         ("humaneval", [CODE_ROW | {"entry_point": "triple"}], ["line 1", "entry_point", "triple"]),
@@ -421,12 +421,11 @@ def test_bad_rows(task, rows, says, tmp_path, capsys):
     "flags, says",
     [
         ("--tasks gsm9k", ["gsm9k", "humaneval"]),
-        ("--tasks gsm8k,gsm8k", ["gsm8k", "twice"]),
+        ("--tasks gsm8k,gsm8k", ["gsm8k,gsm8k", "once"]),
         ("--tasks gsm8k --data humaneval=x", ["humaneval", "--tasks gsm8k"]),
         ("--data answers", ["TASK=PATH"]),
         ("--data answers=nowhere.jsonl", ["nowhere.jsonl"]),
         ("--limit 0", ["--limit", "0"]),
-        ("--limit 2.5", ["--limit", "2.5"]),
         ("--samples 2", ["--temperature"]),
         ("--tasks humaneval", ["--allow-code-execution"]),
         ("--max-new-tokens 512 --limit 1", ["512", "window", "--max-new-tokens"]),
@@ -461,7 +460,7 @@ def test_no_template_and_no_eos(tmp_path, capsys):
 
 def test_files_as_people_have_them(tmp_path):
     """BOM, CRLF, blank lines, a list instead of lines, gzip: all the same two rows."""
-    lines = [json.dumps(GSM_ROW | {"question": q}) for q in ("a\u2028b", "c")]
+    lines = [json.dumps(GSM_ROW | {"question": q}, ensure_ascii=False) for q in ("a\u2028b", "c")]
     contents = {
         "a.jsonl": "\n".join(lines).encode(),
         "b.jsonl": b"\xef\xbb\xbf" + "\r\n\r\n".join(lines).encode() + b"\r\n",
@@ -471,11 +470,11 @@ def test_files_as_people_have_them(tmp_path):
     found = []
     for name, content in contents.items():
         (tmp_path / name).write_bytes(content)
-        found.append([row for _, row in ev.read_file(tmp_path / name)])
+        found.append([row for _, row in ev.read_rows(tmp_path / name, "test")])
     assert len(found[0]) == 2 and all(rows == found[0] for rows in found)
 
 
-@pytest.mark.parametrize("content", [b'{"question": "a"}\n{oops\n', b"\xff\xfe", b'[{"a": 1},\n{oops}]'])
+@pytest.mark.parametrize("content", [b'{"question": "a"}\n{oops\n', b"\xff\xfe", b"\n{"])
 def test_files_that_cannot_be_read(content, tmp_path, capsys):
     (tmp_path / "x.jsonl").write_bytes(content)
     sentence = fails(capsys, f"--data answers={tmp_path}/x.jsonl", "x.jsonl")
