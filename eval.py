@@ -338,6 +338,8 @@ def main(args):
         if not args.allow_code_execution:
             die("humaneval runs what the model writes: --allow-code-execution, and best in a container")
         print("warning: runs what the model writes; this is not a sandbox, use a container without network")
+    if args.out:
+        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     data = {name: read_task(name, TASKS[name], args) for name in args.tasks}
     outcome = {"settings": vars(args), "versions": {"scores as": "lm_eval 0.4.13"} | {
         name: version(name) for name in ("torch", "transformers", "datasets")}}
@@ -407,9 +409,9 @@ def read_task(name, task, args):
         for field in task.fields:
             if not isinstance(row.get(field), str):
                 die(f"{place}: {field} should be text, found {row.get(field)!r}")
-        if "answer" in task.fields and not ("#### " in row["answer"] and task.reduce(row["answer"]).strip()):
+        if task.score is score_answers and not re.search(r"#### +[^\n]*\w", row["answer"]):
             die(f"{place}: answer ends in {row['answer'][-20:]!r}, should end in '#### ' and the right value")
-        if "prompt" in task.fields and not re.search(rf"\b{re.escape(row['entry_point'])}\b", row["prompt"]):
+        if task.score is score_programs and f"def {row['entry_point']}(" not in row["prompt"]:
             die(f"{place}: entry_point {row['entry_point']!r} is not defined in prompt")
     limit = args.limit or len(rows)
     rows = [row for _, row in rows][:math.ceil(limit * len(rows)) if limit < 1 else int(limit)]
@@ -456,9 +458,10 @@ def load(path, args):
         die(f"{path}: not a causal language model: {str(error).splitlines()[0]}")
     if tokenizer.eos_token is None:
         die(f"{path}: the tokenizer has no EOS token, a response could not end")
-    begin = tokenizer.bos_token if tokenizer.bos_token_id in tokenizer("a").input_ids[:1] else "no BOS token"
-    print(f"{path}: {sum(p.numel() for p in model.parameters()):,} parameters, {model.dtype}, {device}; prompts"
-          f" begin with {begin}" + "; no pad token, another stands in" * (tokenizer.pad_token is None))
+    size, first = sum(p.numel() for p in model.parameters()), tokenizer("a").input_ids[0]
+    begin = tokenizer.bos_token if first == tokenizer.bos_token_id else "no BOS token"
+    print(f"{path}: {size:,} parameters, {model.dtype}, {device}; prompts begin with {begin}"
+          + "; no pad token, another stands in" * (tokenizer.pad_token is None))
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     config = getattr(model.config, "text_config", None) or model.config
@@ -476,7 +479,8 @@ def print_results(outcome):
 
 def print_table(head, rows):
     for name, *cells in [head, *rows]:
-        cells = [f"{cell:.4f}" if isinstance(cell, float) else "-" if cell is None else cell for cell in cells]
+        cells = [f"{cell:.4f}" if isinstance(cell, float) else "-" if cell is None else cell
+                 for cell in cells]
         print(f"{name:48}" + "".join(f"{cell:>10}" for cell in cells))
     print()
 

@@ -8,6 +8,8 @@ import importlib.util
 import json
 import math
 import random
+import re
+import shlex
 import sys
 import time
 from itertools import combinations
@@ -60,8 +62,8 @@ def models(tmp_path_factory):
 
 def flags_of(case, models, batch=1):
     """One of oracle.CASES as flags of eval.py."""
-    window, family = case.get("window", 2048), case["task"].split("_")[0]
-    return (f"--model {models}/{case['model']}{window} --tasks {case['task']} --batch-size {batch} --device cpu "
+    family = case["task"].split("_")[0]
+    return (f"--model {models}/{case['model']} --tasks {case['task']} --batch-size {batch} --device cpu "
             f"--data {case['task']}={ROOT}/tests/parity/rows/{family} --max-new-tokens {oracle.NEW_TOKENS} "
             + (f"--shots {case['shots']} " if "shots" in case else "") + "--chat " * case.get("chat", False)
             + (f"--limit {case['limit']} " if "limit" in case else "") + "--allow-code-execution")
@@ -200,7 +202,7 @@ def test_plain_prompt_is_what_its_docstring_shows():
 
 def test_bos_is_there_once(tokenizer, models):
     """A template that writes BOS itself must not get a second one from the tokenizer."""
-    with_bos = ev.AutoTokenizer.from_pretrained(models / "B2048")
+    with_bos = ev.AutoTokenizer.from_pretrained(models / "B")
     for text in ("a", "<s>a"):
         assert ev.encode(with_bos, text).count(with_bos.bos_token_id) == 1
     assert ev.encode(with_bos, "a", special=False) == with_bos("a").input_ids[1:]
@@ -479,3 +481,21 @@ def test_files_that_cannot_be_read(content, tmp_path, capsys):
     (tmp_path / "x.jsonl").write_bytes(content)
     sentence = fails(capsys, f"--data answers={tmp_path}/x.jsonl", "x.jsonl")
     assert "line 2" in sentence or "UTF-8" in sentence
+
+
+# ---- README, the file itself -------------------------------------------------------------------------------
+
+
+def test_readme_commands_parse():
+    """A README command that does not run is the first thing a newcomer meets."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    found = re.findall(r"^\s*python eval.py(.*)$", text + (ev.__doc__ or ""), re.MULTILINE)
+    assert len(found) >= 6
+    for flags in found:
+        ev.parse_args(shlex.split(flags.split("#")[0]))
+
+
+def test_the_shape_of_the_script():
+    """One sitting, one screen: no line over 110 columns, and room left below 500 lines."""
+    lines = (ROOT / "eval.py").read_text(encoding="utf-8").splitlines()
+    assert max(map(len, lines)) <= 110 and len(lines) <= 500

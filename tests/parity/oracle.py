@@ -24,15 +24,19 @@ ROWS = HERE / "rows"
 TEMPLATE = ("{{ bos_token }}{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|im_end|>\n{% endfor %}"
             "{% if add_generation_prompt %}<|assistant|>\n{% endif %}")
 
-# name: model, task, its options. chars of a name are only a label; "window" makes a copy with fewer positions.
+# Label: model, task, options. A variant is a copy of the model: with so few positions, or with its own
+# generation config.
+WINDOWS = {"A150": 150, "B150": 150}
+GENERATION = {"Apenalty": {"repetition_penalty": 1.3, "eos_token_id": [1, 270, 300], "do_sample": True, "top_k": 5}}
 CASES = {
     "A gsm8k 5 shots": {"model": "A", "task": "gsm8k"},
     "A gsm8k 0 shots": {"model": "A", "task": "gsm8k", "shots": 0},
     "A gsm8k 3 shots, limit 3": {"model": "A", "task": "gsm8k", "shots": 3, "limit": 3},
-    "A gsm8k, every prompt cut": {"model": "A", "task": "gsm8k", "window": 150},
+    "A gsm8k, every prompt cut": {"model": "A150", "task": "gsm8k"},
     "A gsm8k_cot_zeroshot": {"model": "A", "task": "gsm8k_cot_zeroshot", "shots": 5},
+    "A gsm8k, generation config": {"model": "Apenalty", "task": "gsm8k", "shots": 1},
     "B gsm8k 5 shots": {"model": "B", "task": "gsm8k"},
-    "B gsm8k, every prompt cut": {"model": "B", "task": "gsm8k", "window": 150},
+    "B gsm8k, every prompt cut": {"model": "B150", "task": "gsm8k"},
     "B gsm8k 2 shots, chat": {"model": "B", "task": "gsm8k", "shots": 2, "chat": True},
     "B gsm8k_cot_zeroshot, chat": {"model": "B", "task": "gsm8k_cot_zeroshot", "chat": True},
     "A humaneval": {"model": "A", "task": "humaneval"},
@@ -46,7 +50,7 @@ OFTEN = ["Question:", "Q:", "#### 1", "is 3. ", "\ndef", "\n#", "\nif", "```", "
 
 
 def build_models(folder):
-    """Write models A and B, and for each case with a window a copy with so many positions."""
+    """Write models A and B and their variants."""
     texts = [text for file in sorted(ROWS.glob("*/*.jsonl")) for line in file.read_text("utf-8").splitlines()
              for text in map(str, json.loads(line).values())]
     texts += OFTEN * 300
@@ -69,16 +73,17 @@ def build_models(folder):
             eos_token_id=1, pad_token_id=None)).eval()
         often = tokenizer.convert_tokens_to_ids([tokenizer.tokenize(text)[0] for text in OFTEN])
         model.lm_head.weight.data[often] *= 1.3
-        for window in {2048, *(case.get("window", 2048) for case in CASES.values() if case["model"] == name)}:
-            model.config.max_position_embeddings = window
+        for variant in (name, *(key for key in (*WINDOWS, *GENERATION) if key[0] == name)):
+            model.config.max_position_embeddings = WINDOWS.get(variant, 2048)
+            model.generation_config.update(**GENERATION.get(variant, {}))
             for part in (model, tokenizer):
-                part.save_pretrained(Path(folder) / f"{name}{window}")
+                part.save_pretrained(Path(folder) / variant)
 
 
 def fingerprint(folder):
     """Of weights and tokenizers: other library versions might make other models of the same recipe."""
     digest = hashlib.sha256()
-    for name in ("A2048", "B2048"):
+    for name in "AB":
         model = LlamaForCausalLM.from_pretrained(Path(folder) / name)
         for key, value in sorted(model.state_dict().items()):
             digest.update(key.encode() + value.numpy().tobytes())
@@ -123,7 +128,7 @@ def records(result, task):
 def ask(case, folder):
     """Run one of CASES through lm_eval."""
     import lm_eval
-    model = {"pretrained": str(Path(folder) / f"{case['model']}{case.get('window', 2048)}"), "dtype": "float32"}
+    model = {"pretrained": str(Path(folder) / case["model"]), "dtype": "float32"}
     result = lm_eval.simple_evaluate(
         model="hf", model_args=model, tasks=[local(case["task"])], num_fewshot=case.get("shots"), batch_size=1,
         device="cpu", limit=case.get("limit"), bootstrap_iters=1, log_samples=True,
