@@ -1,10 +1,11 @@
 """eval.py: prompts, generations, filters and metrics against lm_eval; execution of programs; bad input.
 
-tests/parity/golden.json was written by tests/parity/oracle.py from lm_eval 0.4.13 itself. Everything is offline.
+tests/parity/golden.json was written by tests/parity/oracle.py from lm_eval 0.4.13. Everything is offline.
 """
 
 import gzip
 import importlib.util
+import inspect
 import json
 import math
 import random
@@ -56,7 +57,7 @@ def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     oracle.build_models(folder)
     if oracle.fingerprint(folder) != GOLDEN["models"]:
-        pytest.skip("these versions of torch and tokenizers make other random models than golden.json is about")
+        pytest.skip("this version of tokenizers makes other models than golden.json is about")
     return folder
 
 
@@ -70,7 +71,7 @@ def flags_of(case, models, batch=1):
 
 
 def check_equal(samples, results, expected):
-    """In this order, so that the first failure names the cause: prompts, responses, answers, metrics, means."""
+    """In this order the first failure names the cause: prompts, responses, answers, metrics, means."""
     theirs = expected["documents"]
     assert [sample["prompt"] for sample in samples] == [document["prompt"] for document in theirs]
     assert [sample["responses"] for sample in samples] == [[document["response"]] for document in theirs]
@@ -174,7 +175,8 @@ def test_tricky_outputs(output, gold, strict, flexible, cot):
         task = ev.TASKS[name]
         score = ev.score_answers(task, [row], [[output]])[0]
         for filter_name, value in (("strict-match", expected), ("flexible-extract", flexible)):
-            assert ev.normalize(score["extracted"][filter_name][0]) == ("[invalid]" if value is None else value)
+            found = ev.normalize(score["extracted"][filter_name][0])
+            assert found == ("[invalid]" if value is None else value)
             right = score["metrics"][f"exact_match,{filter_name}"]
             assert right == (value == gold.replace(",", "")), filter_name
 
@@ -249,10 +251,8 @@ def test_what_was_cut_or_empty_is_counted(models, capsys):
     outcome = run(flags_of(oracle.CASES["A gsm8k, every prompt cut"], models))
     result = outcome["results"]["gsm8k"]
     assert result["truncated"] == result["n"] == 8 and "truncated" in capsys.readouterr().out
-    says = run(flags_of(oracle.CASES["A gsm8k_cot_zeroshot"], models))
-    texts = [sample["responses"][0] for sample in says["samples"]["gsm8k_cot_zeroshot"]]
-    empty = sum(not text.strip() for text in texts)
-    assert says["results"]["gsm8k_cot_zeroshot"]["empty"] == empty > 0
+    sample = {"truncated": False, "metrics": {"exact_match,x": 0.0}}
+    assert ev.summarize([sample | {"responses": texts} for texts in (["", "a"], [" \n", ""])])["empty"] == 3
 
 
 def test_nan_logits_are_an_error(tmp_path, capsys):
@@ -272,10 +272,12 @@ RIGHT = "    return 2 * n\n"
 MUST_PASS = {
     "right": RIGHT,
     "prints much": "    print('x' * 10 ** 7)\n" + RIGHT,
-    "needs its folder": "    import os, tempfile\n    assert os.getcwd() == os.path.realpath(os.environ['HOME'])\n"
+    "needs its folder": "    import os, tempfile\n"
+    "    assert os.getcwd() == os.path.realpath(os.environ['HOME'])\n"
     "    tempfile.TemporaryFile().write(b'x')\n" + RIGHT,
     "main guard": RIGHT + "\nif __name__ == '__main__':\n    raise ValueError\n",
-    "leaves a thread": "    import threading, time\n    threading.Thread(target=time.sleep, args=(60,)).start()\n"
+    "leaves a thread": "    import threading, time\n"
+    "    threading.Thread(target=time.sleep, args=(60,)).start()\n"
     + RIGHT,
 }
 MUST_FAIL = {
@@ -290,7 +292,8 @@ MUST_FAIL = {
     "own check": "    return n\n\ndef check(candidate):\n    pass\n\nexit()\n",
     "input()": "    input()\n" + RIGHT,
     "endless loop": "    while True:\n        pass\n",
-    "endless loop that catches all": "    while True:\n        try:\n            while True:\n                pass\n"
+    "endless loop that catches all": "    while True:\n        try:\n"
+    "            while True:\n                pass\n"
     "        except BaseException:\n            pass\n",
     "sleep": "    import time\n    time.sleep(60)\n" + RIGHT,
     "memory": "    x = bytearray(5 << 30)\n" + RIGHT,
@@ -344,7 +347,8 @@ def test_pass_at_k_is_the_chance_that_one_of_k_passes():
     row = {"prompt": PROMPT, "test": TEST.rpartition("\n")[0], "entry_point": "double"}
     score = ev.score_programs(ev.HUMANEVAL, [row], [[RIGHT, "", ""]])[0]
     assert score["passed"] == [True, False, False]
-    assert score["metrics"] == {"pass@1,create_test": pytest.approx(1 / 3), "pass@2,create_test": pytest.approx(2 / 3)}
+    assert [*score["metrics"]] == ["pass@1,create_test", "pass@2,create_test"]
+    assert [*score["metrics"].values()] == pytest.approx([1 / 3, 2 / 3])
 
 
 # ---- results -----------------------------------------------------------------------------------------------
@@ -389,7 +393,8 @@ def test_out_and_compare(tmp_path, capsys):
 def test_limit_counts_as_in_lm_eval(capsys):
     """A share is rounded up; the first problems, so that their examples stay the same."""
     assert run("--limit 0.005 --max-new-tokens 4")["results"]["answers"]["n"] == 3
-    assert run("--limit 1 --max-new-tokens 4")["results"]["answers"]["exact_match_stderr,final-answer"] is None
+    one = run("--limit 1 --max-new-tokens 4")["results"]["answers"]
+    assert one["exact_match_stderr,final-answer"] is None
 
 
 # ---- bad input ---------------------------------------------------------------------------------------------
@@ -403,7 +408,7 @@ CODE_ROW = {"prompt": PROMPT, "test": "def check(candidate):\n    pass\n", "entr
     [
         ("gsm8k", [GSM_ROW, {"question": "1+1?"}], ["line 2", "answer", "None"]),
         ("gsm8k", [GSM_ROW, {"question": "1+1?", "answer": 18}], ["line 2", "answer", "18"]),
-        ("gsm8k", [GSM_ROW, {"question": "1+1?", "answer": "It is 2"}], ["line 2", "answer", "It is 2", "#### "]),
+        ("gsm8k", [GSM_ROW, {"question": "1+1?", "answer": "It is 2"}], ["line 2", "It is 2", "#### "]),
         ("gsm8k", [{"question": ["1+1?"], "answer": "#### 2"}], ["line 1", "question", "['1+1?']"]),
         ("gsm8k", [], ["0 problems"]),
         ("gsm8k", ["text"], ["line 1", "question"]),
@@ -499,3 +504,9 @@ def test_the_shape_of_the_script():
     """One sitting, one screen: no line over 110 columns, and room left below 500 lines."""
     lines = (ROOT / "eval.py").read_text(encoding="utf-8").splitlines()
     assert max(map(len, lines)) <= 110 and len(lines) <= 500
+
+
+@pytest.mark.parametrize("name", ["die", "number", "chunks", "final_answer"])
+def test_pieces_shared_with_gsil_are_the_same_text(name):
+    """Copied, not imported: a reader meets the same function, and a repair must reach both."""
+    assert inspect.getsource(getattr(ev, name)) == inspect.getsource(getattr(gsil, name))

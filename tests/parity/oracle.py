@@ -1,17 +1,18 @@
 """What lm_eval 0.4.13 says about the rows in tests/parity/rows: the numbers that eval.py has to equal.
 
-    python tests/parity/oracle.py --code-eval DIR       # writes golden.json; needs lm_eval==0.4.13, accelerate
+    python tests/parity/oracle.py --code-eval DIR      # writes golden.json; needs lm_eval==0.4.13, accelerate
 
 DIR is metrics/code_eval of the repository github.com/huggingface/evaluate, which lm_eval would fetch from the
 Hub; without it the tasks that run programs are left out. Two random models, made here from a seed, stand for
-all: A has no BOS and no chat template, B has both, its template ends in a newline, and one of its stop strings
-is a special token that is not EOS. Rows and canned answers are our own.
+all: A has no BOS and no chat template, B has both, its template ends in a newline, and one of its stop
+strings is a special token that is not EOS. Rows and canned answers are our own.
 """
 import argparse
 import hashlib
 import importlib.metadata
 import json
 import os
+import random
 import tempfile
 from pathlib import Path
 
@@ -27,7 +28,8 @@ TEMPLATE = ("{{ bos_token }}{% for m in messages %}<|{{ m.role }}|>\n{{ m.conten
 # Label: model, task, options. A variant is a copy of the model: with so few positions, or with its own
 # generation config.
 WINDOWS = {"A150": 150, "B150": 150}
-GENERATION = {"Apenalty": {"repetition_penalty": 1.3, "eos_token_id": [1, 270, 300], "do_sample": True, "top_k": 5}}
+GENERATION = {"Apenalty": {
+    "repetition_penalty": 1.3, "eos_token_id": [1, 270, 300], "do_sample": True, "top_k": 5}}
 CASES = {
     "A gsm8k 5 shots": {"model": "A", "task": "gsm8k"},
     "A gsm8k 0 shots": {"model": "A", "task": "gsm8k", "shots": 0},
@@ -46,7 +48,8 @@ CASES = {
 }
 NEW_TOKENS = 40
 # What random models would rarely say: one token each, with its row of lm_head enlarged.
-OFTEN = ["Question:", "Q:", "#### 1", "is 3. ", "\ndef", "\n#", "\nif", "```", "$1", "...", "<|im_end|>", "</s>"]
+OFTEN = ["Question:", "Q:", "#### 1", "is 3. ", "\ndef", "\n#", "\nif", "```", "$1", "...", "<|im_end|>",
+         "</s>"]
 
 
 def build_models(folder):
@@ -66,11 +69,14 @@ def build_models(folder):
         tokenizer = PreTrainedTokenizerFast(
             tokenizer_object=inner, eos_token="</s>", **({"bos_token": "<s>", "chat_template": TEMPLATE,
             "extra_special_tokens": ["<|im_end|>"], "unk_token": "<unk>"} if name == "B" else {}))
-        torch.manual_seed(3)
         model = LlamaForCausalLM(LlamaConfig(
             vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-            num_attention_heads=4, initializer_range=0.2, max_position_embeddings=2048, bos_token_id=0,
+            num_attention_heads=4, max_position_embeddings=2048, bos_token_id=0,
             eos_token_id=1, pad_token_id=None)).eval()
+        rng = random.Random(3)              # Python's numbers are the same everywhere, torch's need not be
+        for weight in (weight.data for weight in model.parameters() if weight.dim() == 2):
+            numbers = [rng.uniform(-0.35, 0.35) for _ in range(weight.numel())]
+            weight.copy_(torch.tensor(numbers).view_as(weight))
         often = tokenizer.convert_tokens_to_ids([tokenizer.tokenize(text)[0] for text in OFTEN])
         model.lm_head.weight.data[often] *= 1.3
         for variant in (name, *(key for key in (*WINDOWS, *GENERATION) if key[0] == name)):
