@@ -132,9 +132,8 @@ def generate(model, tokenizer, prompts, stop, max_new_tokens, temperature, batch
                              temperature=temperature or None, top_k=0, top_p=1.0, eos_token_id=sorted(ends),
                              pad_token_id=tokenizer.pad_token_id, use_cache=True,
                              stopping_criteria=[stopped], logits_processor=[checked])       # (B, P + R)
-        for i, said in zip(rows, out[:, width:].tolist()):          # what follows EOS is padding
-            end = next((n for n, token in enumerate(said) if token in ends), len(said))
-            responses[i] = cut(tokenizer.decode(said[:end], skip_special_tokens=True), stop)
+        for i, text in zip(rows, tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)):
+            responses[i] = cut(text, stop)
     return responses
 
 def cut(text, stop):

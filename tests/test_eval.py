@@ -296,7 +296,7 @@ MUST_FAIL = {
     "            while True:\n                pass\n"
     "        except BaseException:\n            pass\n",
     "sleep": "    import time\n    time.sleep(60)\n" + RIGHT,
-    "memory": "    x = bytearray(5 << 30)\n" + RIGHT,
+    "memory": "    x = bytes(5 << 30)\n" + RIGHT,
     "large file": "    with open('x', 'wb') as file:\n        file.write(bytes(100 << 20))\n" + RIGHT,
     "segfault": "    import ctypes\n    ctypes.string_at(0)\n",
     "guesses on stdout": "    import os\n    os.write(1, b'0' * 32)\n    os._exit(0)\n",

@@ -29,7 +29,7 @@ TEMPLATE = ("{{ bos_token }}{% for m in messages %}<|{{ m.role }}|>\n{{ m.conten
 # generation config.
 WINDOWS = {"A150": 150, "B150": 150}
 GENERATION = {"Apenalty": {
-    "repetition_penalty": 1.3, "eos_token_id": [1, 270, 300], "do_sample": True, "top_k": 5}}
+    "repetition_penalty": 1.3, "eos_token_id": [1, 285, 296], "do_sample": True, "top_k": 5}}
 CASES = {
     "A gsm8k 5 shots": {"model": "A", "task": "gsm8k"},
     "A gsm8k 0 shots": {"model": "A", "task": "gsm8k", "shots": 0},
