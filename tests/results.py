@@ -212,7 +212,8 @@ def irft_tables():
         "python irft.py --rounds 8 ...: share of worked answers, in brackets of each seed",
         ["", "1 round", "2", "4", "8"],
     )
-    for setting in ("--reward-steps 64 --kl 0.1", "--reward-pairs all --kl 0.5"):
+    settings = [f"--reward-steps 64 --kl {kl}" for kl in ("0.1", "0.5", "1")]
+    for setting in [*settings, "--reward-pairs all --kl 0.5"]:
         cells = []
         for t in (1, 2, 4, 8):
             flags, folder = f"--rounds 8 {setting} {none}", f"round_{t}"
