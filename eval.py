@@ -29,6 +29,8 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
+from collections import namedtuple
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -37,13 +39,13 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean, stdev, variance
-from typing import NamedTuple
 
 import torch
 from jinja2 import TemplateError
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification,
+                          AutoTokenizer)
 from transformers.utils import logging as hf_logging
 
 TOY = Path(__file__).parent / "tests" / "toy"
@@ -62,6 +64,9 @@ def parse_args(argv=None):
     flag("--limit", type=number(float, above=0), help="the first so many problems; below 1 a share of them")
     # how
     flag("--shots", type=number(int, 0), help="worked examples; where a task has none there will be none")
+    flag("--reward-model", metavar="MODEL", help="reward: scores the responses; a classifier with one label")
+    flag("--answers", metavar="FILE", help="mt_bench: where to write, or go on; its name is the model's for "
+         "FastChat,\ndefault: data/mt_bench/model_answer/MODEL.jsonl")
     flag("--leaderboard", action="store_true", help="the Open LLM Leaderboard's examples: 25 for "
          "arc_challenge,\n10 for hellaswag, 5 for winogrande, mmlu and gsm8k, 0 for truthfulqa")
     flag("--chat", action="store_true", help="ask in the model's chat template; `answers` always does")
@@ -110,14 +115,15 @@ def chat_prompt(task, row, shots, tokenizer, question=None):
     turns = [("system", described)] if described else []
     for asked, answer in map(task.example, shots):
         turns += [("user", asked), ("assistant", answer)]
-    turns += [("user", question or task.question(row))] + ([("assistant", begun)] if begun else [])
+    turns += task.dialogue(row) if task.dialogue else [("user", question or task.question(row))]
+    turns += [("assistant", begun)] if begun else []
     return render(tokenizer, turns)
 
-def render(tokenizer, turns):
-    """[(role, text)] in the tokenizer's chat template. A last turn of the assistant is left open."""
+def render(tokenizer, turns, done=False):
+    """[(role, text)] in the chat template, up to where the assistant goes on; done: up to the end."""
     messages, begun = [{"role": role, "content": text} for role, text in turns], turns[-1][0] == "assistant"
     template = partial(tokenizer.apply_chat_template, tokenize=False, add_generation_prompt=not begun,
-                       continue_final_message=begun)
+                       continue_final_message=begun and not done)
     try:
         return template(messages)
     except TemplateError:                   # some templates refuse a system turn: lm_eval leaves it out
@@ -235,7 +241,7 @@ def loglikelihoods(model, problems, batch, name=""):
 def best(values):
     return values.index(max(values))        # of equals the first, as numpy's argmax
 
-# What is made of the log-likelihoods of a row's choices: (row, choices, lls, index of the right one) -> number
+# What is made of the log-likelihoods of a row's choices, gold being the index of the right one.
 def acc(row, choices, lls, gold):
     return float(best(lls) == gold)
 
@@ -257,8 +263,8 @@ def choose(task, name, rows, shots, policy, args):
         encoded = [encode_pair(policy.tokenizer, *pair) for pair in pairs]
         for pair, (ids, n) in zip(pairs, encoded):
             if not 0 < n <= min(policy.window, len(ids) - 1):
-                die(f"{name}: {n} tokens to score should be 1 to {policy.window}, the model's window, after at "
-                    f"least 1 of context: {pair[1]!r:.200} after {pair[0][-100:]!r}")
+                die(f"{name}: {n} tokens to score should be 1 to {policy.window}, the model's window, after "
+                    f"at least 1 of context: {pair[1]!r:.200} after {pair[0][-100:]!r}")
         problems.append([(ids[-policy.window - 1:], n) for ids, n in encoded])
         samples.append({"prompts": [*contexts.values()], "continuations": [text for _, text in pairs],
                         "truncated": max(len(ids) for ids, _ in encoded) > policy.window + 1})
@@ -361,7 +367,158 @@ def score_programs(task, rows, responses):
             for test, some, passed in zip(tests, codes, chunks(ran, n))]
 
 
-# ---- 6. Tasks ----------------------------------------------------------------------------------------------
+# ---- 6. Rewards: which of two responses does a reward model prefer? ----------------------------------------
+
+def read_dialogue(row):
+    """Turns up to the response, as (role, text); the same as text; the response, "" without one.
+
+    Of an HH transcript in chosen, '\\n\\nHuman: Hi\\n\\nAssistant: Hello': [("user", "Hi")], all up to the last
+    '\\n\\nAssistant:', 'Hello'. Or of a column prompt or question, and chosen, response or answer.
+    """
+    text, response = (next((row[key] for key in keys if isinstance(row.get(key), str)), "")
+                      for keys in (("prompt", "question"), ("chosen", "response", "answer")))
+    if not text:
+        before, mark, response = response.rpartition("\n\nAssistant:")
+        text = before + mark
+    elif not text.startswith("\n\nHuman:"):
+        text = f"\n\nHuman: {text}\n\nAssistant:"
+    parts = re.split(r"\n\n(Human|Assistant):", text)[1:]
+    turns = [("user" if who == "Human" else "assistant", said.strip())
+             for who, said in zip(parts[::2], parts[1::2])]
+    return turns[:-1], text, response.strip()
+
+def reward_ids(tokenizer, beaver, turns, response):
+    """What a reward model reads: the conversation in its own format, up to the EOS that ends the response.
+
+    A chat template, as irft.py trains; beaver: 'BEGINNING OF CONVERSATION: USER: Hi ASSISTANT:Hello</s>'.
+    """
+    answered = turns + [("assistant", response)]
+    if beaver:
+        said = (f"USER: {text} " if role == "user" else f"ASSISTANT:{text}{tokenizer.eos_token}"
+                for role, text in answered)
+        return encode(tokenizer, "BEGINNING OF CONVERSATION: " + "".join(said))
+    prompt, both = render(tokenizer, turns), render(tokenizer, answered, done=True)
+    start, ids = (encode(tokenizer, text, special=False) for text in (prompt, both))
+    if ids[:len(start)] != start:           # a token spans the cut: each alone, as in irft.py
+        ids = start + encode(tokenizer, both[len(prompt):], special=False)
+    ids.append(tokenizer.eos_token_id)
+    return ids[:ids.index(tokenizer.eos_token_id, len(start)) + 1]
+
+def load_reward(path, args):
+    """Classifier with one output, its tokenizer, and whether it is of beaver's kind."""
+    hf_logging.set_verbosity_error()        # transformers would only warn of a missing head
+    try:
+        kinds = AutoConfig.from_pretrained(path).architectures or []
+        beaver = any("ForScore" in kind for kind in kinds)      # safe-rlhf's class: other names, own format
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            path, num_labels=1, dtype=args.dtype, output_loading_info=True,
+            key_mapping={"^score_head": "score"} if beaver else None)
+    except (OSError, ValueError, RuntimeError) as error:
+        die(f"--reward-model {path}: not a classifier with one label: {str(error).strip().splitlines()[0]}")
+    if info["missing_keys"]:
+        die(f"--reward-model {path}: lacks {', '.join(sorted(info['missing_keys']))}: they would be random")
+    if not beaver and not tokenizer.chat_template:
+        die(f"--reward-model {path}: has no chat template, so how it reads a conversation is not known")
+    print(f"{path}: reads {'beaver prompts' if beaver else 'its chat template'}, up to EOS")
+    model.config.get_text_config().pad_token_id = None          # else it might read before an EOS that is pad
+    return model.eval(), tokenizer, beaver
+
+@torch.no_grad()
+def rewards(model, tokenizer, beaver, pairs):
+    """[(turns, response)] -> [(reward, tokens of the response)]. One at a time: no pads to be mistaken."""
+    found = []
+    for turns, response in tqdm(pairs, "rewards", leave=False, disable=None):
+        ids = torch.tensor([reward_ids(tokenizer, beaver, turns, response)], device=model.device)   # (1, T)
+        value = model(input_ids=ids).logits.float().item()
+        if not math.isfinite(value):
+            die(f"the reward of {response!r:.100} is {value}: broken weights, or a --dtype of too small range")
+        found.append((value, len(encode(tokenizer, response, special=False))))
+    return found
+
+def duel(ours, theirs):
+    """(reward, tokens) of both sides, by problem -> who wins how often, by how much, at what length."""
+    (a, a_tokens), (b, b_tokens) = zip(*ours), zip(*theirs)
+    wins, ties = sum(x > y for x, y in zip(a, b)), sum(x == y for x, y in zip(a, b))
+    found = compare(a, b)
+    return {"n": len(a), "wins": wins, "ties": ties, "losses": len(a) - wins - ties,
+            "win_rate": wins / len(a), "reward": fmean(a), "other_reward": fmean(b),
+            "difference": found["difference"], "half_width": found["half_width"],
+            "tokens": fmean(a_tokens), "other_tokens": fmean(b_tokens)}
+
+def judge(outcome, rows, reward_model, args):
+    """Adds the duel of our responses with those of --compare, or with the data's own."""
+    dialogues = [read_dialogue(row) for row in rows]
+    theirs = [response for _, _, response in dialogues]
+    if args.compare:
+        theirs = [sample["responses"][0].strip() for sample in outcome["compare"]["samples"]["reward"]]
+    ours = [sample["responses"][0].strip() for sample in outcome["samples"]["reward"]]
+    turns = [turns for turns, _, _ in dialogues]
+    model, tokenizer, beaver = reward_model
+    model.to(pick_device(args))
+    both = [rewards(model, tokenizer, beaver, list(zip(turns, side))) for side in (ours, theirs)]
+    for sample, (reward, _), (other, _) in zip(outcome["samples"]["reward"], *both):
+        sample |= {"reward": reward, "other_reward": other}
+    outcome["duel"] = {"against": args.compare or "the data"} | duel(*both)
+    print_table(["reward", ""], [[key, value] for key, value in outcome["duel"].items()])
+
+
+# ---- 7. MT-Bench: two turns, for FastChat to judge ---------------------------------------------------------
+
+# By category, else 0.7: FastChat 0e6d3e4b, llm_judge/common.py
+TEMPERATURES = {"stem": 0.1, "humanities": 0.1, "extraction": 0, "math": 0, "coding": 0, "reasoning": 0}
+
+def answer_mt_bench(task, name, rows, shots, policy, args):
+    """Write FastChat's file of answers, line by line; questions that are in it already are skipped."""
+    model_id = policy.path.strip("./").replace("/", "-")
+    file = Path(args.answers or f"data/mt_bench/model_answer/{model_id}.jsonl")
+    done, samples, (longest, room) = read_answers(file), [], limits(task, name, policy, args)
+    write_answers(file, done.values())
+    left = [row for row in rows if row["question_id"] not in done]
+    for row in tqdm(left, name, leave=False, disable=None):
+        torch.manual_seed(0)                # for each question, as FastChat does
+        turns, truncated = [], False
+        for question in row["turns"]:
+            turns.append(("user", question))
+            ids = encode(policy.tokenizer, render(policy.tokenizer, turns), special=False)
+            truncated |= len(ids) > room
+            temperature = TEMPERATURES.get(row["category"], 0.7)
+            [text] = generate(policy.model, policy.tokenizer, [ids[-room:]], (), longest, temperature, 1)
+            turns.append(("assistant", text.strip()))
+        responses = [text for role, text in turns if role == "assistant"]
+        samples.append({"responses": responses, "truncated": truncated, "metrics": {}})
+        done[row["question_id"]] = {
+            "question_id": row["question_id"], "answer_id": secrets.token_hex(11), "model_id": file.stem,
+            "choices": [{"index": 0, "turns": responses}], "tstamp": time.time()}
+        with open(file, "a", encoding="utf-8") as lines:
+            lines.write(json.dumps(done[row["question_id"]]) + "\n")
+    write_answers(file, [done[key] for key in sorted(done)])
+    print(f"{name}: {len(done)} answers in {file}, {len(samples)} of them new")
+    return samples
+
+def read_answers(file):
+    """{question_id: answer} so far, without a last line that an interrupted run has left unfinished."""
+    lines = file.read_text(encoding="utf-8").strip().split("\n") if file.exists() else []
+    answers = {}
+    for n, line in enumerate(lines, 1):
+        try:
+            answer = json.loads(line)
+            answers[answer["question_id"]] = answer
+        except (ValueError, KeyError, TypeError):
+            if n < len(lines):
+                die(f"{file} line {n}: should be an answer in FastChat's form, found {line:.100}")
+            print(f"{file}: dropped its last line, which is unfinished")
+    return answers
+
+def write_answers(file, answers):
+    """The file is there whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial_file = file.with_name(file.name + ".partial")
+    partial_file.write_text("".join(json.dumps(answer) + "\n" for answer in answers), encoding="utf-8")
+    os.replace(partial_file, file)
+
+
+# ---- 8. Tasks ----------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Task:
@@ -384,12 +541,14 @@ class Task:
     question: Callable | None = None                # row -> what is asked
     target: Callable = lambda row: row["answer"]    # row -> what a worked example answers
     begin: Callable = lambda row: ""                # row -> the answer's beginning, put into its mouth
+    dialogue: Callable | None = None                # row -> [(role, text)], where question has several turns
     stop: tuple = ()                                # a response ends before any of these
     max_new_tokens: int = 256
     score: Callable | None = None                   # task, rows, responses -> a dict per row
     filters: dict = field(default_factory=dict)     # name: response -> what counts of it
     reduce: Callable = normalize                    # right answer and found answer -> what is compared
     trained: bool = False                           # asks as the training scripts do: always the template
+    run: Callable | None = None                     # instead of `choose` or `write`, where a task differs
 
     def example(self, row):
         """A worked example: what is asked, and its right answer."""
@@ -428,7 +587,8 @@ ARC_EASY = Task(
     ("allenai/ai2_arc", "ARC-Easy"),
     {"question": "text", "choices": {"text": ["text"], "label": ["text"]}, "answerKey": "text"},
     (("choices", lambda row: len(row["choices"]["text"]) == len(row["choices"]["label"]), "as many labels as "
-      "texts"), ("answerKey", lambda row: row["answerKey"] in row["choices"]["label"], "one of choices.label")),
+      "texts"),
+     ("answerKey", lambda row: row["answerKey"] in row["choices"]["label"], "one of choices.label")),
     shots=None, metrics={"acc": acc, "acc_norm": acc_norm},
     options=lambda row: [(f"Question: {row['question']}\nAnswer:", text) for text in row["choices"]["text"]],
     gold=lambda row: row["choices"]["label"].index(row["answerKey"]))
@@ -447,7 +607,7 @@ HELLASWAG = Task(
                           wikihow(ending)) for ending in row["endings"]],
     gold=lambda row: int(row["label"]))
 
-WINOGRANDE = Task(          # here the contexts differ and what is scored, the rest of the sentence, is the same
+WINOGRANDE = Task(          # the contexts differ, and what is scored, the rest of the sentence, does not
     ("allenai/winogrande", "winogrande_xl"),
     {"sentence": "text", "option1": "text", "option2": "text", "answer": "text"},
     (("sentence", lambda row: "_" in row["sentence"], "text with a _ where the option goes"),
@@ -476,20 +636,23 @@ Q: Where were the 1992 Olympics held?
 A: The 1992 Olympics were held in Barcelona, Spain.
 
 """
+def truthfulqa(targets):
+    """The options of a row, out of its column mc1_targets or mc2_targets."""
+    return lambda row: [(f"{TRUTHFULQA_EXAMPLES}Q: {row['question']}\nA:", choice)
+                        for choice in row[targets]["choices"]]
+
 TRUTHFULQA_MC1 = Task(
     ("truthfulqa/truthful_qa", "multiple_choice"),
     {"question": "text", "mc1_targets": {"choices": ["text"], "labels": [0]}},
     (("mc1_targets", lambda row: row["mc1_targets"]["labels"] == [1] + [0] * (
         len(row["mc1_targets"]["choices"]) - 1), "labels 1, 0, 0, ..., one per choice: the first is true"),),
-    ("validation", "train"),
-    options=lambda row: [(f"{TRUTHFULQA_EXAMPLES}Q: {row['question']}\nA:", choice)
-                         for choice in row["mc1_targets"]["choices"]])
+    ("validation", "train"), options=truthfulqa("mc1_targets"))
 TRUTHFULQA_MC2 = replace(
     TRUTHFULQA_MC1, fields={"question": "text", "mc2_targets": {"choices": ["text"], "labels": [0]}},
-    rules=(("mc2_targets", lambda row: {*row["mc2_targets"]["labels"]} == {0, 1} and len(
-        row["mc2_targets"]["labels"]) == len(row["mc2_targets"]["choices"]), "a label 0 or 1 per choice, both"),),
-    options=lambda row: [(f"{TRUTHFULQA_EXAMPLES}Q: {row['question']}\nA:", choice)
-                         for choice in row["mc2_targets"]["choices"]], metrics={"acc": true_mass})
+    rules=(("mc2_targets", lambda row: {*row["mc2_targets"]["labels"]} == {0, 1}, "labels with 1 and 0"),
+           ("mc2_targets", lambda row: len(row["mc2_targets"]["labels"]) == len(
+               row["mc2_targets"]["choices"]), "as many labels as choices")),
+    options=truthfulqa("mc2_targets"), metrics={"acc": true_mass})
 
 SUBJECTS = {group: names.split() for group, names in {
     "stem": """abstract_algebra anatomy astronomy college_biology college_chemistry college_computer_science
@@ -517,14 +680,26 @@ MMLU = Task(
         row["question"].strip(), *row["choices"]), letter) for letter in "ABCD"],
     gold=lambda row: row["answer"])
 
+REWARD = Task(
+    ("Anthropic/hh-rlhf",), {},
+    (("chosen", lambda row: all(text for _, text in read_dialogue(row)[0]) and read_dialogue(row)[0],
+      "text '\\n\\nHuman: ...\\n\\nAssistant: ...', where there is no text in prompt or question"),),
+    question=lambda row: read_dialogue(row)[1], dialogue=lambda row: read_dialogue(row)[0],
+    stop=("Human:", "human:", "Assistant:", "assistant:"),
+    score=lambda task, rows, responses: [{"metrics": {}} for _ in rows])       # see judge
+MT_BENCH = Task(
+    ("FastChat's question.jsonl",), {"question_id": 0, "category": "text", "turns": ["text"]}, run=answer_mt_bench, max_new_tokens=1024,
+    trained=True)
+
 TASKS = {"answers": ANSWERS, "gsm8k": GSM8K, "gsm8k_cot_zeroshot": GSM8K_COT_ZEROSHOT,
          "humaneval": HUMANEVAL, "humaneval_instruct": HUMANEVAL_INSTRUCT, "arc_easy": ARC_EASY,
          "arc_challenge": ARC_CHALLENGE, "hellaswag": HELLASWAG, "winogrande": WINOGRANDE,
-         "truthfulqa_mc1": TRUTHFULQA_MC1, "truthfulqa_mc2": TRUTHFULQA_MC2, "mmlu": MMLU}
+         "truthfulqa_mc1": TRUTHFULQA_MC1, "truthfulqa_mc2": TRUTHFULQA_MC2, "mmlu": MMLU,
+         "reward": REWARD, "mt_bench": MT_BENCH}
 LEADERBOARD = {"arc_challenge": 25, "hellaswag": 10, "winogrande": 5, "mmlu": 5, "gsm8k": 5}   # shots
 
 
-# ---- 7. The whole evaluation -------------------------------------------------------------------------------
+# ---- 9. The whole evaluation -------------------------------------------------------------------------------
 
 def evaluate(path, data, args):
     """Ask one model; data: {task: (rows, examples of each row)}. Returns its results and samples by task."""
@@ -535,7 +710,8 @@ def evaluate(path, data, args):
         if (args.chat or task.trained) and not policy.tokenizer.chat_template:
             die(f"{path} has no chat template: {name} needs the one of the training" if task.trained
                 else f"{path} has no chat template: leave out --chat to ask in plain text")
-        samples = (choose if task.options else write)(task, name, rows, shots, policy, args)
+        run = task.run or (choose if task.options else write)
+        samples = run(task, name, rows, shots, policy, args)
         outcome["samples"][name] = [{"doc_id": n} | sample for n, sample in enumerate(samples)]
         results = {name: summarize(samples)}
         if task is MMLU:
@@ -550,9 +726,10 @@ def write(task, name, rows, shots, policy, args):
                for row, some in zip(rows, shots)]
     ids = [encode(tokenizer, prompt, special=not task.trained) for prompt in prompts]
     longest, room = limits(task, name, policy, args)
+    stop = () if task.dialogue and chat else task.stop
     torch.manual_seed(args.seed)
     responses = generate(policy.model, tokenizer, [row[-room:] for row in ids for _ in range(args.samples)],
-                         task.stop, longest, args.temperature, args.batch_size, name)
+                         stop, longest, args.temperature, args.batch_size, name)
     responses = chunks(responses, args.samples)
     return [{"prompt": prompt, "truncated": len(row) > room, "responses": said} | score
             for prompt, row, said, score in zip(prompts, ids, responses, task.score(task, rows, responses))]
@@ -569,7 +746,7 @@ def summarize(samples):
     """Means over problems and their standard errors (None for one problem), and what to look at first."""
     summary = {"n": len(samples), "truncated": sum(sample["truncated"] for sample in samples), "empty": sum(
         not text.strip() for sample in samples for text in sample.get("responses", []))}
-    for metric in samples[0]["metrics"]:
+    for metric in samples[0]["metrics"] if samples else []:
         values = [sample["metrics"][metric] for sample in samples]
         summary |= {metric: fmean(values), metric.replace(",", "_stderr,"): stderr(values)}
     return summary
@@ -620,6 +797,11 @@ def main(args):
     if args.out:
         Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     data = {name: read_task(name, TASKS[name], args) for name in args.tasks}
+    for n, row in enumerate(data["reward"][0] if "reward" in data and not args.compare else [], 1):
+        if not read_dialogue(row)[2]:
+            die(f"reward, problem {n}: no chosen, response or answer to compare with: --compare MODEL")
+    # before any model answers: a mistake there should not cost the answers
+    reward_model = load_reward(args.reward_model, args) if "reward" in data else None
     outcome = {"settings": vars(args), "versions": {"scores as": "lm_eval 0.4.13"} | {
         name: version(name) for name in ("torch", "transformers", "datasets")}}
     outcome |= evaluate(args.model, data, args)
@@ -635,6 +817,8 @@ def main(args):
                 outcome["compare"]["differences"][f"{name},{metric}"] = compare(ours, theirs)
         print_table(["difference of the two", "", "+-", "p"], [
             [name, *found.values()] for name, found in outcome["compare"]["differences"].items()])
+    if "reward" in args.tasks:
+        judge(outcome, data["reward"][0], reward_model, args)
     if args.out:
         Path(args.out).write_text(json.dumps(outcome, indent=1) + "\n", encoding="utf-8")
     return outcome
@@ -666,6 +850,11 @@ def complete(args, parser):
         parser.error(f"--data {args.data}: should be TASK=PATH, TASK one of --tasks {','.join(args.tasks)}")
     if args.leaderboard and args.shots is not None:
         parser.error(f"--leaderboard sets the worked examples, so does --shots {args.shots}")
+    if "reward" in args.tasks and (not args.reward_model or args.samples > 1):
+        parser.error("--tasks reward needs --reward-model, and one sample per problem")
+    if "mt_bench" in args.tasks and (args.compare or "mt_bench" not in args.data):
+        parser.error("--tasks mt_bench writes the answers of one model, without --compare, and needs "
+                     "--data mt_bench=question.jsonl, FastChat's file")
     if args.samples > 1 and not args.temperature:
         parser.error(f"--samples {args.samples}: greedy ones would all be the same, set --temperature")
     return args
@@ -689,8 +878,8 @@ def read_task(name, task, args):
     for part in dict.fromkeys(subject(row) for _, row in rows) or ["all"]:
         some, examples = ([row for _, row in split if subject(row) == part] for split in (rows, pool))
         if not some or len(examples) < need:
-            die(f"{source}, {part}: {len(some)} problems, {len(examples)} rows to draw {need} worked examples "
-                "from: too few")
+            die(f"{source}, {part}: {len(some)} problems, {len(examples)} rows to draw {need} worked "
+                "examples from: too few")
         limit = args.limit or len(some)
         some = some[:math.ceil(limit * len(some)) if limit < 1 else int(limit)]
         problems, shots = problems + some, shots + draw_shots(examples, k, some, task.draw)
@@ -757,21 +946,20 @@ def read_hub(*source, split, **files):
     except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
         die(f"{name}: {str(error).splitlines()[0]}; --data TASK=PATH reads local files")
 
-class Policy(NamedTuple):
-    """Who is asked. window: as many tokens as prompt and response may have together."""
-    path: str
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    window: int
-
-def load(path, args):
-    """Model, tokenizer, window."""
-    hf_logging.set_verbosity_error()
-    hf_logging.disable_progress_bar()
+def pick_device(args):
     best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     device = best if args.device == "auto" else args.device
-    if device not in ("cpu", best):
-        die(f"--device {device}: PyTorch finds none here, the best is {best}")
+    return device if device in ("cpu", best) else die(
+        f"--device {device}: PyTorch finds none here, the best is {best}")
+
+# Who is asked; window: as many tokens as prompt and response may have together
+Policy = namedtuple("Policy", "path model tokenizer window")
+
+def load(path, args):
+    """The Policy at a path."""
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    device = pick_device(args)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
         model = AutoModelForCausalLM.from_pretrained(path, dtype=args.dtype).to(device).eval()
@@ -799,7 +987,7 @@ def print_results(outcome):
     print_table([Path(outcome["model"]).name, "value", "stderr", *told], rows)
 
 def print_table(head, rows):
-    for name, *cells in [head, *rows]:
+    for name, *cells in [head, *rows] if rows else []:
         cells = [f"{cell:.4f}" if isinstance(cell, float) else "-" if cell is None else cell
                  for cell in cells]
         print(f"{name:48}" + "".join(f"{cell:>10}" for cell in cells))
