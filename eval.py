@@ -372,7 +372,7 @@ def score_programs(task, rows, responses):
 def read_dialogue(row):
     """Turns up to the response, as (role, text); the same as text; the response, "" without one.
 
-    Of an HH transcript in chosen, '\\n\\nHuman: Hi\\n\\nAssistant: Hello': [("user", "Hi")], all up to the last
+    Of an HH transcript in chosen, '\\n\\nHuman: Hi\\n\\nAssistant: Hello': [("user", "Hi")], all to the last
     '\\n\\nAssistant:', 'Hello'. Or of a column prompt or question, and chosen, response or answer.
     """
     text, response = (next((row[key] for key in keys if isinstance(row.get(key), str)), "")
@@ -432,7 +432,7 @@ def rewards(model, tokenizer, beaver, pairs):
         ids = torch.tensor([reward_ids(tokenizer, beaver, turns, response)], device=model.device)   # (1, T)
         value = model(input_ids=ids).logits.float().item()
         if not math.isfinite(value):
-            die(f"the reward of {response!r:.100} is {value}: broken weights, or a --dtype of too small range")
+            die(f"reward {value} of {response!r:.100}: broken weights, or a --dtype of too small range")
         found.append((value, len(encode(tokenizer, response, special=False))))
     return found
 
@@ -688,8 +688,8 @@ REWARD = Task(
     stop=("Human:", "human:", "Assistant:", "assistant:"),
     score=lambda task, rows, responses: [{"metrics": {}} for _ in rows])       # see judge
 MT_BENCH = Task(
-    ("FastChat's question.jsonl",), {"question_id": 0, "category": "text", "turns": ["text"]}, run=answer_mt_bench, max_new_tokens=1024,
-    trained=True)
+    ("FastChat's question.jsonl",), {"question_id": 0, "category": "text", "turns": ["text"]},
+    run=answer_mt_bench, max_new_tokens=1024, trained=True)
 
 TASKS = {"answers": ANSWERS, "gsm8k": GSM8K, "gsm8k_cot_zeroshot": GSM8K_COT_ZEROSHOT,
          "humaneval": HUMANEVAL, "humaneval_instruct": HUMANEVAL_INSTRUCT, "arc_easy": ARC_EASY,
