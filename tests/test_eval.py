@@ -476,7 +476,7 @@ def test_win_rate(tmp_path, capsys):
     assert run(flags + f"--compare {BASE}")["duel"]["ties"] == 6
     outcome = run(flags)
     assert outcome["duel"]["against"] == "the data" and outcome["duel"]["n"] == 6
-    assert outcome["duel"]["tokens"] < 20 < outcome["duel"]["other_tokens"] < 40
+    assert outcome["duel"]["tokens"] < 10 < outcome["duel"]["other_tokens"] < 40
     row = write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": "Why?"}])
     fails(capsys, f"--tasks reward --reward-model {tmp_path} --data reward={row}", "problem 1", "--compare")
 
