@@ -398,6 +398,8 @@ def reward_ids(tokenizer, beaver, turns, response):
                 for role, text in answered)
         return encode(tokenizer, "BEGINNING OF CONVERSATION: " + "".join(said))
     prompt, both = render(tokenizer, turns), render(tokenizer, answered, done=True)
+    if not both.startswith(prompt):
+        die("--reward-model: its chat template changes the prompt once it is answered")
     start, ids = (encode(tokenizer, text, special=False) for text in (prompt, both))
     if ids[:len(start)] != start:           # a token spans the cut: each alone, as in irft.py
         ids = start + encode(tokenizer, both[len(prompt):], special=False)

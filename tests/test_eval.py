@@ -183,6 +183,13 @@ def test_the_fixtures_catch_the_traps():
     assert cut[0]["loglikelihoods"] != documents["A arc_challenge 25 shots"][0]["loglikelihoods"]
 
 
+def test_acc_norm_counts_characters():
+    """Not bytes, and not the blank in front: either would turn one of these two around."""
+    assert ev.acc_norm({}, ["abc", "éé"], [-2.7, -2.0], 0) == 1
+    assert ev.acc_norm({}, ["a", "bcd"], [-1.1, -3.0], 1) == 1
+    assert ev.acc({}, ["abc", "éé"], [-2.0, -2.0], 0) == 1      # of equals the first
+
+
 def test_one_context_is_read_once(models):
     """What makes it fast: a problem whose choices are letters costs one forward pass, not four."""
     passes, forward = [], ev.AutoModelForCausalLM.from_pretrained(models / "A").eval()

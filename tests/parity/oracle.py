@@ -138,7 +138,7 @@ def use_code_eval(folder):
 
 
 def local_mmlu(folder):
-    """Write task files for the subjects in rows/mmlu, whose group is lm_eval's mmlu; returns a TaskManager."""
+    """Write task files for the subjects in rows/mmlu, in lm_eval's groups; returns a TaskManager."""
     import lm_eval
     from lm_eval.tasks import TaskManager
     stock = Path(lm_eval.__file__).parent / "tasks" / "mmlu" / "default"
