@@ -2,11 +2,13 @@
 
 A score is a pile of small decisions: the prompt to the character, the worked examples before it, where a
 response is cut, which number in it counts, when two numbers are equal. Each moves the score, so none is ours:
-on the same model and data every prompt, response and per-problem metric is lm_eval's (tests/parity). Only the
-task `answers` is our own: it asks as gsil.py and irft.py train.
+on the same model and data every prompt, response, log-likelihood and per-problem metric is lm_eval's
+(tests/parity). Three tasks are not from there: `answers` asks as gsil.py and irft.py train, `reward` has a
+reward model choose between two responses, `mt_bench` writes answers for FastChat to judge.
 
     prompt      worked examples + question, as plain text, or with --chat as the turns of a conversation
     response    greedy, or --samples of them at --temperature; cut at the task's stop strings
+                arc, hellaswag, winogrande, truthfulqa, mmlu: none, the likeliest of the choices is the answer
     score       gsm8k: a number is found in the response and compared with the right one, as text
                 humaneval: prompt + response + the problem's own tests is a program that passes or does not
 
@@ -16,6 +18,7 @@ so --compare tests their differences problem by problem: far sharper than one me
     python eval.py                                  # the toy's base model on its held-out problems, seconds
     python eval.py --model runs/gsil-logistic-1/round_1 --compare tests/toy/base
     python eval.py --model M --tasks gsm8k,humaneval --allow-code-execution --out scores.json
+    python eval.py --model M --tasks arc_challenge,hellaswag,winogrande,truthfulqa_mc2,mmlu --leaderboard
 """
 import argparse
 import gzip
@@ -254,8 +257,8 @@ def true_mass(row, choices, lls, gold):     # mc2: what part of the probability 
 
 def choose(task, name, rows, shots, policy, args):
     """A sample per row: contexts (mostly one), continuations, their log-likelihoods, metrics."""
-    samples, problems, asked = [], [], tqdm(zip(rows, shots), name, len(rows), leave=False, disable=None)
-    for row, some in asked:
+    samples, problems = [], []
+    for row, some in zip(rows, shots):
         contexts = {question: chat_prompt(task, row, some, policy.tokenizer, question) if args.chat
                     else plain_prompt(task, row, some, question) for question, _ in task.options(row)}
         pairs = [(contexts[question], choice if args.chat else f" {choice}")
@@ -471,31 +474,29 @@ def judge(outcome, rows, reward_model, args):
 TEMPERATURES = {"stem": 0.1, "humanities": 0.1, "extraction": 0, "math": 0, "coding": 0, "reasoning": 0}
 
 def answer_mt_bench(task, name, rows, shots, policy, args):
-    """Write FastChat's file of answers, line by line; questions that are in it already are skipped."""
-    model_id = policy.path.strip("./").replace("/", "-")
-    file = Path(args.answers or f"data/mt_bench/model_answer/{model_id}.jsonl")
-    done, samples, (longest, room) = read_answers(file), [], limits(task, name, policy, args)
-    write_answers(file, done.values())
-    left = [row for row in rows if row["question_id"] not in done]
+    """Write FastChat's file, after each question; questions that have an answer in it already are skipped."""
+    file = Path(args.answers or "data/mt_bench/model_answer/{}.jsonl".format(
+        policy.path.strip("./").replace("/", "-")))         # FastChat's name of a model is the file's
+    tokenizer, answers, samples = policy.tokenizer, read_answers(file), []
+    longest, room = limits(task, name, policy, args)
+    left = [row for row in rows if row["question_id"] not in answers]
     for row in tqdm(left, name, leave=False, disable=None):
         torch.manual_seed(0)                # for each question, as FastChat does
         turns, truncated = [], False
         for question in row["turns"]:
             turns.append(("user", question))
-            ids = encode(policy.tokenizer, render(policy.tokenizer, turns), special=False)
+            ids = encode(tokenizer, render(tokenizer, turns), special=False)
             truncated |= len(ids) > room
             temperature = TEMPERATURES.get(row["category"], 0.7)
-            [text] = generate(policy.model, policy.tokenizer, [ids[-room:]], (), longest, temperature, 1)
+            [text] = generate(policy.model, tokenizer, [ids[-room:]], (), longest, temperature, 1, name)
             turns.append(("assistant", text.strip()))
         responses = [text for role, text in turns if role == "assistant"]
         samples.append({"responses": responses, "truncated": truncated, "metrics": {}})
-        done[row["question_id"]] = {
+        answers[row["question_id"]] = {
             "question_id": row["question_id"], "answer_id": secrets.token_hex(11), "model_id": file.stem,
             "choices": [{"index": 0, "turns": responses}], "tstamp": time.time()}
-        with open(file, "a", encoding="utf-8") as lines:
-            lines.write(json.dumps(done[row["question_id"]]) + "\n")
-    write_answers(file, [done[key] for key in sorted(done)])
-    print(f"{name}: {len(done)} answers in {file}, {len(samples)} of them new")
+        write_answers(file, answers)
+    print(f"{name}: {len(answers)} answers in {file}, {len(samples)} of them new")
     return samples
 
 def read_answers(file):
@@ -513,11 +514,12 @@ def read_answers(file):
     return answers
 
 def write_answers(file, answers):
-    """The file is there whole or not at all."""
+    """Sorted by question; the file is there whole or not at all."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial_file = file.with_name(file.name + ".partial")
-    partial_file.write_text("".join(json.dumps(answer) + "\n" for answer in answers), encoding="utf-8")
-    os.replace(partial_file, file)
+    lines = [json.dumps(answers[key]) + "\n" for key in sorted(answers)]
+    unfinished = file.with_name(file.name + ".partial")
+    unfinished.write_text("".join(lines), encoding="utf-8")
+    os.replace(unfinished, file)
 
 
 # ---- 8. Tasks ----------------------------------------------------------------------------------------------
@@ -715,9 +717,8 @@ def evaluate(path, data, args):
         run = task.run or (choose if task.options else write)
         samples = run(task, name, rows, shots, policy, args)
         outcome["samples"][name] = [{"doc_id": n} | sample for n, sample in enumerate(samples)]
-        results = {name: summarize(samples)}
-        if task is MMLU:
-            results = mmlu_results([row["subject"] for row in rows], samples)
+        results = {name: summarize(samples)} if task is not MMLU else mmlu_results(
+            [row["subject"] for row in rows], samples)
         outcome["results"] |= {key: result | {"shots": len(shots[0])} for key, result in results.items()}
     return outcome
 
@@ -875,6 +876,8 @@ def read_task(name, task, args):
     rows, pool = (read_split(name, task, split, args) if n else [] for split, n in zip(task.splits, (1, k)))
     for place, row in rows + pool:
         check_row(place, row, task)
+    for place, row in rows if task.options else []:
+        check_choices(place, [choice for _, choice in task.options(row)], task)
     subject = (lambda row: row["subject"]) if task is MMLU else lambda row: "all"
     problems, shots, need = [], [], k + (k > 0 and task.draw == "others")
     for part in dict.fromkeys(subject(row) for _, row in rows) or ["all"]:
@@ -906,11 +909,13 @@ def check_row(place, row, task):
     for column, is_right, expected in task.rules:
         if not is_right(row):
             die(f"{place}: {column} should be {expected}, found {row.get(column)!r:.200}")
-    choices = [choice for _, choice in task.options(row)] if task.options else ["no choices"]
-    if not all(choices) and task is WINOGRANDE:
-        print(f"warning: {place}: nothing follows the _ in sentence, what is scored is one blank")
-    elif not all(choices):
+
+def check_choices(place, choices, task):
+    """An empty one has no length for acc_norm to divide by, nor is it an answer."""
+    if not all(choices) and task is not WINOGRANDE:
         die(f"{place}: each choice should be text, one is empty: {choices}")
+    if not all(choices):
+        print(f"warning: {place}: nothing follows the _ in sentence, what is scored is one blank")
 
 def is_like(value, example):
     """is_like({"text": ["a", "b"]}, {"text": ["text"]}): the same types all the way down."""
