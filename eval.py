@@ -49,6 +49,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification,
                           AutoTokenizer)
+from transformers.cache_utils import DynamicLayer
 from transformers.utils import logging as hf_logging
 
 TOY = Path(__file__).parent / "tests" / "toy"
@@ -221,6 +222,9 @@ def loglikelihoods(model, problems, batch, name=""):
         positions = (mask.cumsum(1) - 1).clamp(min=0)           # pads do not count
         out = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True,
                     logits_to_keep=1)
+        cache = getattr(out, "past_key_values", None)
+        if not all(isinstance(layer, DynamicLayer) for layer in getattr(cache, "layers", [None])):
+            die(f"{name}: the model has states other than keys and values, as Mamba: pads would change them")
         owner = [b for b, (_, who) in enumerate(some) for _ in who]                             # C choices
         choices = [(p, c) for _, who in some for p, c in who]
         rests = [problems[p][c][0][len(some[b][0]):] for b, (p, c) in zip(owner, choices)]
@@ -228,8 +232,8 @@ def loglikelihoods(model, problems, batch, name=""):
         if max(map(len, rests)) > 1:
             ids, rest_mask = pad([rest[:-1] for rest in rests], "right", model.device)          # (C, R) each
             mask = torch.cat([mask[owner], rest_mask], 1)                                       # (C, P + R)
-            out.past_key_values.batch_select_indices(torch.tensor(owner, device=model.device))
-            more = model(input_ids=ids, attention_mask=mask, past_key_values=out.past_key_values,
+            cache.batch_select_indices(torch.tensor(owner, device=model.device))
+            more = model(input_ids=ids, attention_mask=mask, past_key_values=cache,
                          position_ids=(mask.cumsum(1) - 1)[:, -ids.shape[1]:]).logits           # (C, R, V)
             logits = torch.cat([logits, more], 1)               # at t they predict token t of the rest
         logps = logits.log_softmax(-1)                          # in the model's dtype, as in lm_eval

@@ -18,6 +18,7 @@ from itertools import combinations
 
 import pytest
 import torch
+import transformers
 
 import eval as ev
 import gsil
@@ -204,6 +205,32 @@ def test_one_context_is_read_once(models):
     for (ids, n), value in zip(more[0], found):
         logps = forward(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
         assert value == pytest.approx(sum(logps[t - 1, ids[t]].item() for t in range(50, 50 + n)), abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["GPT2Config", "MistralConfig", "Gemma3TextConfig", "BloomConfig"])
+def test_shared_contexts_in_other_models(kind):
+    """Learned, rotary and ALiBi positions, windows shorter than the context: all go on from the cache."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 99}
+    more = {"num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 64, "sliding_window": 8}
+    config = getattr(transformers, kind)(**sizes, **(more if kind[0] in "MG" and kind[1] != "P" else {}))
+    torch.manual_seed(0)
+    other, rng, problems = ev.AutoModelForCausalLM.from_config(config).eval(), random.Random(0), []
+    for n in (3, 20, 40):
+        context = rng.choices(range(99), k=n)
+        problems.append([(context + rng.choices(range(99), k=k), k) for k in (1, 5, 3)])
+    for choices, found in zip(problems, ev.loglikelihoods(other, problems, 9)):
+        for (ids, n), value in zip(choices, found):
+            logps = other(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+            assert value == pytest.approx(
+                sum(logps[t - 1, ids[t]].item() for t in range(len(ids) - n, len(ids))), abs=1e-4)
+
+
+def test_a_model_without_a_cache_of_keys_is_refused(capsys):
+    """Its state would have read the pads: wrong log-likelihoods, in silence."""
+    config = transformers.MambaConfig(vocab_size=99, hidden_size=32, num_hidden_layers=1)
+    with pytest.raises(SystemExit):
+        ev.loglikelihoods(ev.AutoModelForCausalLM.from_config(config), [[([1, 2, 3], 1)]], 1, "arc_easy")
+    assert "Mamba" in capsys.readouterr().err
 
 
 def test_mmlu_by_hand():
@@ -809,7 +836,7 @@ def test_readme_commands_parse():
 def test_the_shape_of_the_script():
     """Readable in one screen's width; as long as README's limits say, it is not to grow unnoticed."""
     lines = (ROOT / "eval.py").read_text(encoding="utf-8").splitlines()
-    assert max(map(len, lines)) <= 110 and len(lines) <= 1005
+    assert max(map(len, lines)) <= 110 and len(lines) <= 1009
 
 
 @pytest.mark.parametrize("name", ["die", "number", "chunks", "final_answer"])
