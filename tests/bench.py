@@ -1,10 +1,12 @@
 """Speed beside the reference, both in one run on one machine, in turns; medians.
 
     python tests/bench.py --eval --model M --data DIR       # DIR: GSM8K's train.jsonl and test.jsonl
+    python tests/bench.py --eval --model M --task arc_challenge --shots 25
 
---eval: seconds that eval.py and lm_eval 0.4.13 (which has to be installed) take for the same gsm8k prompts,
-from text to text, without loading; and how many responses differ. lm_eval's own depend on the batch size where
-a stop string is a special token that is not EOS: with --batch-size 1 there should be no difference.
+--eval: seconds that eval.py and lm_eval 0.4.13 (which has to be installed) take for the same prompts, from
+text to text or to log-likelihoods, without loading; and how many responses differ, or by how much
+log-likelihoods do. lm_eval's own responses depend on the batch size where a stop string is a special token
+that is not EOS: with --batch-size 1 there should be no difference. Without --data, the rows of tests/parity.
 """
 import argparse
 import os
@@ -28,7 +30,10 @@ def main():
     flag = parser.add_argument
     flag("--eval", action="store_true", required=True, help="the only comparison so far")
     flag("--model", required=True)
-    flag("--data", default=str(oracle.ROWS / "gsm8k"))
+    flag("--task", default="gsm8k", choices=[name for name in ev.TASKS if name.startswith((
+        "gsm8k", "arc", "hellaswag", "winogrande", "truthfulqa"))])
+    flag("--shots", type=int)
+    flag("--data", help="folder with the splits")
     flag("--limit", type=int, default=16)
     flag("--batch-size", type=int, default=8)
     flag("--max-new-tokens", type=int, default=256)
@@ -55,24 +60,36 @@ def bench_eval(args):
         sys.exit("lm_eval is not installed: pip install lm_eval==0.4.13 accelerate")
     parts, ours, theirs = [], [], []
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    flags = (f"--model {args.model} --tasks gsm8k --data gsm8k={args.data} --limit {args.limit} "
+    folder = Path(args.data or oracle.ROWS / args.task.split("_")[0])
+    flags = (f"--model {args.model} --tasks {args.task} --data {args.task}={folder} --limit {args.limit} "
              f"--device {device} --dtype float32 --batch-size {args.batch_size} "
-             f"--max-new-tokens {args.max_new_tokens}").split()
-    ev.encode, ev.generate = timed(ev.encode, parts), timed(ev.generate, parts)
+             f"--max-new-tokens {args.max_new_tokens}" + f" --shots {args.shots}" * (args.shots is not None))
+    for name in ("encode", "generate", "loglikelihoods"):
+        setattr(ev, name, timed(getattr(ev, name), parts))
     reference = HFLM(pretrained=args.model, dtype="float32", batch_size=args.batch_size, device=device)
     reference.generate_until = timed(reference.generate_until, theirs)
-    files = {split: str(Path(args.data) / f"{split}.jsonl") for split in ("train", "test")}
+    reference.loglikelihood = timed(reference.loglikelihood, theirs)
+    files = {file.stem: str(file) for file in folder.glob("*.jsonl")}
+    writes = args.task.startswith("gsm8k")
     for _ in range(args.repeats):
-        said = [sample["responses"][0] for sample in ev.main(ev.parse_args(flags))["samples"]["gsm8k"]]
+        samples = ev.main(ev.parse_args(flags.split()))["samples"][args.task]
         ours.append(sum(parts))
         parts.clear()
         result = lm_eval.simple_evaluate(
-            model=reference, tasks=[oracle.local("gsm8k", **files)], limit=args.limit, bootstrap_iters=1,
-            gen_kwargs={"max_gen_toks": args.max_new_tokens}, log_samples=True)
-    documents = oracle.records(result, "gsm8k")["documents"]
-    different = sum(text != document["response"] for text, document in zip(said, documents, strict=True))
+            model=reference, tasks=[oracle.local(args.task, **files)], limit=args.limit, bootstrap_iters=1,
+            num_fewshot=args.shots, log_samples=True,
+            gen_kwargs={"max_gen_toks": args.max_new_tokens} if writes else None)
+    documents = oracle.records(result, args.task)["documents"]
+    if writes:
+        different = sum(sample["responses"][0] != document["response"]
+                        for sample, document in zip(samples, documents, strict=True))
+        compared = f"{different} of {len(samples)} responses differ"
+    else:
+        differences = [abs(a - b) for sample, document in zip(samples, documents, strict=True)
+                       for a, b in zip(sample["loglikelihoods"], document["loglikelihoods"], strict=True)]
+        compared = f"{len(differences)} log-likelihoods differ by {max(differences):.1e} at most"
     print(f"eval.py {median(ours):.1f} s, lm_eval {median(theirs):.1f} s, ratio "
-          f"{median(theirs) / median(ours):.2f}; {different} of {len(said)} responses differ")
+          f"{median(theirs) / median(ours):.2f}; {compared}")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 tests/parity/golden.json was written by tests/parity/oracle.py from lm_eval 0.4.13. Everything is offline.
 """
 
+import argparse
 import gzip
 import importlib.util
 import inspect
@@ -17,10 +18,13 @@ from itertools import combinations
 
 import pytest
 import torch
+import transformers
 
 import eval as ev
 import gsil
+import irft
 from conftest import ROOT, byte_tokenizer, tiny_model
+from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(ROOT / "tests" / "parity"))
 import oracle  # noqa: E402
@@ -70,14 +74,26 @@ def flags_of(case, models, batch=1):
             + (f"--limit {case['limit']} " if "limit" in case else "") + "--allow-code-execution")
 
 
-def check_equal(samples, results, expected):
+def check_equal(task, outcome, expected):
     """In this order the first failure names the cause: prompts, responses, answers, metrics, means."""
+    samples, results = outcome["samples"][task], outcome["results"]
     theirs = expected["documents"]
-    assert [sample["prompt"] for sample in samples] == [document["prompt"] for document in theirs]
-    assert [sample["responses"] for sample in samples] == [[document["response"]] for document in theirs]
-    check_scores(samples, theirs)
+    if "loglikelihoods" in samples[0]:
+        for key in ("prompts", "continuations"):
+            assert [sample[key] for sample in samples] == [document[key] for document in theirs]
+        for sample, document in zip(samples, theirs):
+            assert sample["loglikelihoods"] == pytest.approx(document["loglikelihoods"], abs=1e-4)
+            # mc2 is a probability: as near as its log-likelihoods; all else is 0 or 1
+            assert sample["metrics"] == pytest.approx(document["metrics"], abs=1e-5)
+    else:
+        assert [sample["prompt"] for sample in samples] == [document["prompt"] for document in theirs]
+        assert [sample["responses"] for sample in samples] == [[document["response"]] for document in theirs]
+        check_scores(samples, theirs)
+    near = 1e-5 if "mc2" in task else 1e-9
     for key, value in expected["aggregates"].items():
-        assert results[key] == (None if value == "N/A" else pytest.approx(value, abs=1e-9)), key
+        name, _, key = key.rpartition(" ")
+        found = results[name or task][key]
+        assert found == (None if value == "N/A" else pytest.approx(value, abs=near)), key
 
 
 def check_scores(samples, theirs):
@@ -91,7 +107,7 @@ def test_equal_to_lm_eval(name, models):
     """A prompt that differs in one blank, a missing BOS, one stop string less: each changes the score."""
     outcome = run(flags_of(oracle.CASES[name], models))
     task = oracle.CASES[name]["task"]
-    check_equal(outcome["samples"][task], outcome["results"][task], GOLDEN["cases"][name])
+    check_equal(task, outcome, GOLDEN["cases"][name])
 
 
 @pytest.mark.parametrize("task", ["gsm8k", "gsm8k_cot_zeroshot", "humaneval", "humaneval_instruct"])
@@ -106,13 +122,18 @@ def test_canned_responses_score_as_in_lm_eval(task):
         assert summary[key] == pytest.approx(value, abs=1e-9)
 
 
+LIVE = ["A arc_challenge, every prompt cut", "B hellaswag 2 shots, chat", "A winogrande 5 shots",
+        "A truthfulqa_mc2"]
+
+
 @pytest.mark.skipif(not importlib.util.find_spec("lm_eval"), reason="lm_eval is not installed")
-@pytest.mark.parametrize("name", [name for name, case in oracle.CASES.items() if "gsm8k" in case["task"]])
+@pytest.mark.parametrize(
+    "name", [name for name, case in oracle.CASES.items() if "gsm8k" in case["task"] or name in LIVE])
 def test_equal_to_lm_eval_live(name, models):
     """The golden file could be stale; where lm_eval is installed it is asked again."""
     outcome, task = run(flags_of(oracle.CASES[name], models)), oracle.CASES[name]["task"]
     expected = oracle.ask(oracle.CASES[name], models)
-    check_equal(outcome["samples"][task], outcome["results"][task], expected)
+    check_equal(task, outcome, expected)
 
 
 @pytest.mark.parametrize("batch", [2, 3, 8])
@@ -123,6 +144,134 @@ def test_batch_size_changes_nothing(name, batch, models):
     samples = run(flags_of(oracle.CASES[name], models, batch))["samples"][oracle.CASES[name]["task"]]
     assert [sample["responses"][0] for sample in samples] == [
         document["response"] for document in GOLDEN["cases"][name]["documents"]]
+
+
+@pytest.mark.parametrize("name", ["A arc_challenge 25 shots", "B arc_challenge 2 shots, chat",
+                                  "B hellaswag, every prompt cut", "A winogrande 5 shots", "A mmlu 5 shots"])
+def test_batch_size_changes_no_loglikelihood(name, models):
+    """Contexts are padded on the left, rests on the right, problems have 3 to 5 choices: none may leak."""
+    samples = run(flags_of(oracle.CASES[name], models, 7))["samples"][oracle.CASES[name]["task"]]
+    for sample, document in zip(samples, GOLDEN["cases"][name]["documents"], strict=True):
+        assert sample["loglikelihoods"] == pytest.approx(document["loglikelihoods"], abs=1e-4)
+
+
+def test_the_fixtures_catch_the_traps():
+    """Rows on which a wrong rule gives the same numbers would let it pass."""
+    documents = {name: case["documents"] for name, case in GOLDEN["cases"].items()}
+    differ = {"bytes": 0, "blank in front": 0, "sum": 0}
+    for name, task in (("A arc_challenge 25 shots", "arc/test"), ("B hellaswag", "hellaswag/validation")):
+        for document in documents[name]:
+            choices = [text[1:].lstrip() for text in document["continuations"]]
+            lls = document["loglikelihoods"]
+            by = {"characters": [ll / len(text) for ll, text in zip(lls, choices)], "sum": lls,
+                  "bytes": [ll / len(text.encode()) for ll, text in zip(lls, choices)],
+                  "blank in front": [ll / (len(text) + 1) for ll, text in zip(lls, choices)]}
+            for wrong in differ:
+                differ[wrong] += ev.best(by[wrong]) != ev.best(by["characters"])
+    assert all(differ.values()), differ
+    for task, k in (("hellaswag", 10), ("winogrande", 5)):      # the problem itself is drawn at least once
+        rows, pool = ([row for _, row in ev.read_rows(oracle.ROWS / task, split)]
+                      for split in ("validation", "train"))
+        stream = random.Random(1234)
+        assert any(row in stream.sample(pool, k + 1) for row in rows)
+        assert not any(row in some for row, some in zip(rows, ev.draw_shots(pool, k, rows, "others")))
+    for task in ("hellaswag", "winogrande"):                    # contexts that end in a blank
+        assert any(prompt != prompt.rstrip() for name in documents if name.startswith(f"A {task}")
+                   for document in documents[name] for prompt in document["prompts"])
+    for _, row in ev.read_rows(oracle.ROWS / "truthfulqa", "validation")[:1]:      # true ones not in front
+        assert row["mc2_targets"]["labels"] != sorted(row["mc2_targets"]["labels"], reverse=True)
+    cut = documents["A arc_challenge, every prompt cut"]
+    assert cut[0]["loglikelihoods"] != documents["A arc_challenge 25 shots"][0]["loglikelihoods"]
+
+
+def test_acc_norm_counts_characters():
+    """Not bytes, and not the blank in front: either would turn one of these two around."""
+    assert ev.acc_norm({}, ["abc", "éé"], [-2.7, -2.0], 0) == 1
+    assert ev.acc_norm({}, ["a", "bcd"], [-1.1, -3.0], 1) == 1
+    assert ev.acc({}, ["abc", "éé"], [-2.0, -2.0], 0) == 1      # of equals the first
+
+
+def test_one_context_is_read_once(models):
+    """What makes it fast: a problem whose choices are letters costs one forward pass, not four."""
+    passes, forward = [], ev.AutoModelForCausalLM.from_pretrained(models / "A").eval()
+    forward.register_forward_pre_hook(lambda _, args, given: passes.append(given["input_ids"].shape),
+                                      with_kwargs=True)
+    context = list(range(10, 60))
+    one = [[(context + [letter], 1) for letter in (5, 6, 7, 8)]]
+    more = [[(context + [5, 6, 7], 3), (context + [5, 6], 2), (context + [9, 8, 7, 6], 4)]]
+    assert ev.loglikelihoods(forward, one, 1) and passes == [(1, 50)]
+    found = ev.loglikelihoods(forward, more, 1)[0]
+    assert passes[1:] == [(1, 50), (3, 3)]
+    for (ids, n), value in zip(more[0], found):
+        logps = forward(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+        assert value == pytest.approx(sum(logps[t - 1, ids[t]].item() for t in range(50, 50 + n)), abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["GPT2Config", "MistralConfig", "Gemma3TextConfig", "BloomConfig"])
+def test_shared_contexts_in_other_models(kind):
+    """Learned, rotary and ALiBi positions, windows shorter than the context: all go on from the cache."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 99}
+    more = {"num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 64, "sliding_window": 8}
+    config = getattr(transformers, kind)(**sizes, **(more if kind[0] in "MG" and kind[1] != "P" else {}))
+    torch.manual_seed(0)
+    other, rng, problems = ev.AutoModelForCausalLM.from_config(config).eval(), random.Random(0), []
+    for n in (3, 20, 40):
+        context = rng.choices(range(99), k=n)
+        problems.append([(context + rng.choices(range(99), k=k), k) for k in (1, 5, 3)])
+    for choices, found in zip(problems, ev.loglikelihoods(other, problems, 9)):
+        for (ids, n), value in zip(choices, found):
+            logps = other(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+            assert value == pytest.approx(
+                sum(logps[t - 1, ids[t]].item() for t in range(len(ids) - n, len(ids))), abs=1e-4)
+
+
+def test_a_model_without_a_cache_of_keys_is_refused(capsys):
+    """Its state would have read the pads: wrong log-likelihoods, in silence."""
+    config = transformers.MambaConfig(vocab_size=99, hidden_size=32, num_hidden_layers=1)
+    with pytest.raises(SystemExit):
+        ev.loglikelihoods(ev.AutoModelForCausalLM.from_config(config), [[([1, 2, 3], 1)]], 1, "arc_easy")
+    assert "Mamba" in capsys.readouterr().err
+
+
+def test_mmlu_by_hand():
+    """Two subjects, 1/2 and 4/4 right: 5/6 over questions, 3/4 over subjects; the error from within them."""
+    scored = [{"truncated": False, "metrics": {"acc,none": float(right)}} for right in (1, 0, 1, 1, 1, 1)]
+    results = ev.mmlu_results(["anatomy"] * 2 + ["marketing"] * 4, scored)
+    assert results["mmlu"]["acc,none"] == pytest.approx(5 / 6) and results["mmlu"]["acc,unweighted"] == 0.75
+    assert results["mmlu"]["acc_stderr,none"] == pytest.approx(math.sqrt(0.5 / 4 / 6))
+    assert results["mmlu_stem"]["acc,none"] == results["mmlu_anatomy"]["acc,none"] == 0.5
+    assert results["mmlu_other"]["n"] == 4 and "mmlu_humanities" not in results
+    assert {group: len(names) for group, names in ev.SUBJECTS.items()} == {
+        "stem": 19, "other": 13, "social_sciences": 12, "humanities": 13}
+
+
+def test_mmlu_in_one_file(models, tmp_path):
+    """The Hub's configuration `all` is one table with a column subject: the same as a folder per subject."""
+    for split in ("test", "dev"):
+        rows = [row for _, row in ev.read_split("mmlu", ev.MMLU, split, ev.parse_args(
+            ["--tasks", "mmlu", "--data", f"mmlu={oracle.ROWS / 'mmlu'}"]))]
+        write_jsonl(tmp_path / f"{split}.jsonl", rows)
+    outcome = run(f"--model {models}/A --tasks mmlu --leaderboard --data mmlu={tmp_path} --device cpu")
+    check_equal("mmlu", outcome, GOLDEN["cases"]["A mmlu 5 shots"])
+
+
+def test_a_template_without_system_turn(models):
+    """Gemma's template refuses MMLU's description as a system turn; lm_eval leaves the turn out."""
+    tokenizer = ev.AutoTokenizer.from_pretrained(models / "B")
+    refuse = "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}"
+    tokenizer.chat_template = refuse + tokenizer.chat_template
+    row = {"subject": "anatomy", "question": "Which?", "choices": [*"abcd"], "answer": 0}
+    assert ev.chat_prompt(ev.MMLU, row, [], tokenizer, "Which?").startswith("<s><|user|>\nWhich?")
+
+
+def test_leaderboard_shots(tmp_path):
+    """25, 10, 5, 0, 5 and gsm8k's 5; truthfulqa has none whatever is asked."""
+    rows = {task: oracle.ROWS / task.split("_")[0] for task in (*ev.LEADERBOARD, "truthfulqa_mc2")}
+    args = ev.parse_args(["--tasks", ",".join(rows), "--leaderboard"] + [
+        part for task, path in rows.items() for part in ("--data", f"{task}={path}")])
+    shots = {task: len(ev.read_task(task, ev.TASKS[task], args)[1][0]) for task in rows}
+    assert shots == {"arc_challenge": 25, "hellaswag": 10, "winogrande": 5, "mmlu": 5, "gsm8k": 5,
+                     "truthfulqa_mc2": 0}
 
 
 # Output, right answer, then what each filter's find is after normalisation; None: "[invalid]".
@@ -186,13 +335,14 @@ def test_tricky_outputs(output, gold, strict, flexible, cot):
 
 def test_examples_are_drawn_from_one_stream():
     """lm_eval draws for problem after problem: seeding anew for each would give all of them the same."""
-    drawn = ev.draw_shots(range(7473), 5, 3)
+    drawn = ev.draw_shots(range(7473), 5, [None] * 3)
     assert drawn == [
         [6374, 3610, 957, 61, 742],
         [7462, 6610, 4769, 286, 5501],
         [5677, 687, 806, 6279, 2905],
     ]
-    assert ev.draw_shots(range(7473), 5, 2) == drawn[:2] and ev.draw_shots([], 0, 2) == [[], []]
+    assert ev.draw_shots(range(7473), 5, [None] * 2) == drawn[:2]
+    assert ev.draw_shots([], 0, [None] * 2) == [[], []]
 
 
 def test_plain_prompt_is_what_its_docstring_shows():
@@ -262,6 +412,149 @@ def test_nan_logits_are_an_error(tmp_path, capsys):
     model.save_pretrained(tmp_path)
     byte_tokenizer().save_pretrained(tmp_path)
     fails(capsys, f"--model {tmp_path} --limit 2 --max-new-tokens 4", "NaN", "answers")
+
+
+def test_nan_logits_choose_nothing(tmp_path, capsys):
+    """lm_eval takes the first choice then, and truthfulqa_mc1 scores 100 %."""
+    model = tiny_model()
+    model.lm_head.weight.data[5, 0] = math.nan
+    model.save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    row = write_jsonl(tmp_path / "arc.jsonl", [ARC_ROW])
+    fails(capsys, f"--model {tmp_path} --tasks arc_easy --data arc_easy={row}", "NaN", "arc_easy")
+    endless = {"text": ["a", "a" * 300], "label": ["A", "B"]}
+    long = write_jsonl(tmp_path / "arc.jsonl", [ARC_ROW | {"choices": endless}])
+    fails(capsys, f"--model {tmp_path} --tasks arc_easy --data arc_easy={long}", "301 tokens", "256", "aaa")
+
+
+# ---- rewards, MT-Bench -------------------------------------------------------------------------------------
+
+BASE = str(ROOT / "tests/toy/base")
+HH = {"chosen": "\n\nHuman: Hi \n\nAssistant: Hello\n\nHuman: Why?\n\nAssistant: So.", "rejected": "x"}
+
+
+def test_an_hh_transcript_and_its_formats():
+    """Cut one turn too early, or given to beaver as it is, it has a form no model was trained on."""
+    turns = [("user", "Hi"), ("assistant", "Hello"), ("user", "Why?")]
+    assert ev.read_dialogue(HH) == (turns, HH["chosen"].removesuffix(" So."), "So.")
+    one = {"prompt": "Why?", "response": "So."}
+    assert ev.read_dialogue(one) == (turns[2:], "\n\nHuman: Why?\n\nAssistant:", "So.")
+    tokenizer = byte_tokenizer()
+    ids = ev.reward_ids(tokenizer, True, turns, "So.")
+    assert tokenizer.decode(ids) == (
+        "BEGINNING OF CONVERSATION: USER: Hi ASSISTANT:Hello</s>USER: Why? ASSISTANT:So.</s>")
+    ids = ev.reward_ids(tokenizer, False, turns[2:], "So.")        # the template's newline behind EOS is cut
+    assert tokenizer.decode(ids) == "<|user|>\nWhy?</s>\n<|assistant|>\nSo.</s>"
+    assert ev.chat_prompt(ev.REWARD, HH, [], tokenizer).endswith(
+        "<|assistant|>\nHello</s>\n<|user|>\nWhy?</s>\n<|assistant|>\n")
+
+
+def test_our_reward_scores_as_in_training(tmp_path):
+    """A reward read at another token than it was fitted at is noise. With EOS as pad too, as many have it."""
+    tokenizer, args = ev.AutoTokenizer.from_pretrained(BASE), ev.parse_args(["--device", "cpu"])
+    trained = argparse.Namespace(tokenizer=tokenizer, model=BASE, eos_ids={tokenizer.eos_token_id}, seed=0,
+                                 freeze_layers=0, device="cpu", max_new_tokens=256, prompt_template=None)
+    model, own = irft.load_reward(BASE, trained)
+    torch.nn.init.normal_(model.score.weight, generator=torch.Generator().manual_seed(0))
+    rows = list(irft.read_rows(str(ROOT / "tests/toy/heldout.jsonl"), "train"))[:8]
+    demos = irft.read_demos("", rows, tokenizer, trained.eos_ids, 512, trained)
+    expected = irft.reward(model, irft.texts(demos, "real")).tolist()
+    pairs = [([("user", row["question"])], row["answer"]) for _, row in rows]
+    for pad in (own.pad_token_id, own.eos_token_id, None):
+        model.config.pad_token_id = pad
+        irft.save_model(model, own, tmp_path / "reward")
+        found = ev.rewards(*ev.load_reward(str(tmp_path / "reward"), args), pairs)
+        assert [value for value, _ in found] == pytest.approx(expected, abs=1e-4)
+
+
+def test_beaver_weights_and_a_missing_head(tmp_path, capsys):
+    """Loaded under their own names, beaver's head would be random numbers and only a warning."""
+    args, pairs = ev.parse_args(["--device", "cpu"]), [([("user", "Hi")], "Hello")]
+    config = tiny_model().config
+    config.num_labels, config.pad_token_id = 1, 1
+    model = ev.AutoModelForSequenceClassification.from_config(config)
+    beaver, headless = tmp_path / "beaver", tmp_path / "headless"
+    for folder in (beaver, headless):
+        model.save_pretrained(folder)
+        byte_tokenizer(chat_template=None).save_pretrained(folder)
+    weights = load_file(beaver / "model.safetensors")
+    weights["score_head.weight"] = weights.pop("score.weight")
+    save_file(weights | {"score_head.bias": torch.ones(1)}, beaver / "model.safetensors", {"format": "pt"})
+    settings = json.loads((beaver / "config.json").read_text())
+    (beaver / "config.json").write_text(json.dumps(settings | {"architectures": ["LlamaForScore"]}))
+    tokenizer = byte_tokenizer()
+    ids = tokenizer("BEGINNING OF CONVERSATION: USER: Hi ASSISTANT:Hello</s>", return_tensors="pt").input_ids
+    hidden = model.model(input_ids=ids).last_hidden_state[0, -1]
+    found = ev.rewards(*ev.load_reward(str(beaver), args), pairs)
+    assert found == [(pytest.approx((model.score.weight @ hidden).item(), abs=1e-5), 5)]
+    fails(capsys, f"--tasks reward --data reward={ROOT}/tests/toy/heldout.jsonl --reward-model {headless}",
+          "chat template")
+    save_file({key: value for key, value in weights.items() if "score" not in key},
+              headless / "model.safetensors", {"format": "pt"})
+    fails(capsys, f"--tasks reward --data reward={ROOT}/tests/toy/heldout.jsonl --reward-model {headless}",
+          "score.weight")
+
+
+def test_win_rate(tmp_path, capsys):
+    """A tie is not a win; a model against itself ties everywhere; without --compare the data answer."""
+    found = ev.duel([(1.0, 3), (2.0, 3), (0.0, 9)], [(0.0, 1), (2.0, 1), (4.0, 1)])
+    assert (found["wins"], found["ties"], found["losses"], found["tokens"]) == (1, 1, 1, 5)
+    assert found["win_rate"] == pytest.approx(1 / 3) and found["difference"] == -1
+    assert found["half_width"] == pytest.approx(1.96 * math.sqrt(7 / 3))
+    config = ev.AutoConfig.from_pretrained(BASE, num_labels=1)
+    torch.manual_seed(0)
+    ev.AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path)
+    ev.AutoTokenizer.from_pretrained(BASE).save_pretrained(tmp_path)
+    flags = (f"--tasks reward --reward-model {tmp_path} --chat --limit 6 --max-new-tokens 20 --device cpu "
+             f"--data reward={ROOT}/tests/toy/heldout.jsonl ")
+    assert run(flags + f"--compare {BASE}")["duel"]["ties"] == 6
+    outcome = run(flags)
+    assert outcome["duel"]["against"] == "the data" and outcome["duel"]["n"] == 6
+    assert outcome["duel"]["tokens"] < 10 < outcome["duel"]["other_tokens"] < 40
+    row = write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": "Why?"}])
+    fails(capsys, f"--tasks reward --reward-model {tmp_path} --data reward={row}", "problem 1", "--compare")
+
+
+QUESTIONS = [{"question_id": n, "category": category, "turns": ["ava has 2 apples .", "and ?"]}
+             for n, category in ((83, "writing"), (81, "roleplay"), (82, "math"), (84, "coding"))]
+
+
+def test_mt_bench_goes_on_where_it_stopped(tmp_path, capsys):
+    """An interrupted run has spent hours; the file must end up as if it had not been interrupted."""
+    questions, file = write_jsonl(tmp_path / "question.jsonl", QUESTIONS), tmp_path / "toy.jsonl"
+    flags = f"--tasks mt_bench --data mt_bench={questions} --max-new-tokens 12 --device cpu --answers {file}"
+    run(flags)
+    whole = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [answer["question_id"] for answer in whole] == [81, 82, 83, 84]
+    for answer in whole:        # the fields that FastChat's judge reads
+        assert answer["model_id"] == "toy" and [*answer["choices"][0]] == ["index", "turns"]
+        assert len(answer["choices"][0]["turns"]) == 2 and {"answer_id", "tstamp"} < {*answer}
+    lines = file.read_text().splitlines()
+    file.write_text("\n".join(lines[:2]) + "\n" + lines[3][:40])
+    capsys.readouterr()
+    run(flags)
+    assert "unfinished" in capsys.readouterr().out
+    again = [json.loads(line) for line in file.read_text().splitlines()]
+    assert again[:2] == whole[:2]
+    assert [answer["choices"] for answer in again] == [answer["choices"] for answer in whole]
+    file.write_text("{oops\n" + lines[0] + "\n")
+    fails(capsys, flags, "toy.jsonl line 1", "oops")
+
+
+def test_mt_bench_asks_with_its_own_first_answer(tmp_path, monkeypatch):
+    """FastChat's rules: temperature by category, 0.7 for what it does not know; turn 2 sees turn 1."""
+    asked = []
+
+    def fake(model, tokenizer, prompts, stop, longest, temperature, batch, name=""):
+        asked.append((tokenizer.decode(prompts[0]), temperature, torch.initial_seed()))
+        return [" 7 "]
+    monkeypatch.setattr(ev, "generate", fake)
+    questions = write_jsonl(tmp_path / "q.jsonl", QUESTIONS[:1] + [QUESTIONS[2] | {"category": "new"}] + [
+        QUESTIONS[3] | {"category": "stem"}])
+    run(f"--tasks mt_bench --data mt_bench={questions} --answers {tmp_path}/a.jsonl --max-new-tokens 9")
+    assert [temperature for _, temperature, _ in asked] == [0.7, 0.7, 0.7, 0.7, 0.1, 0.1]
+    assert all(seed == 0 for _, _, seed in asked)
+    assert "<assistant> 7 <eos>" in asked[1][0] and "7" not in asked[0][0]
 
 
 # ---- programs ----------------------------------------------------------------------------------------------
@@ -402,6 +695,15 @@ def test_limit_counts_as_in_lm_eval(capsys):
 GSM_ROW = {"question": "1+1?", "answer": "2\n#### 2"}
 CODE_ROW = {"prompt": PROMPT, "test": "def check(candidate):\n    pass\n", "entry_point": "double"}
 
+ARC_ROW = {"question": "Which?", "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answerKey": "B"}
+SWAG_ROW = {"activity_label": "Tea", "ctx_a": "A man", "ctx_b": "", "endings": ["a", "b"], "label": "0"}
+WINO_ROW = {"sentence": "It is _ here.", "option1": "a", "option2": "b", "answer": "1"}
+MMLU_ROW = {"question": "Which?", "subject": "anatomy", "choices": ["a", "b", "c", "d"], "answer": 3}
+
+
+def truth_row(kind, labels):
+    return {"question": "Is it?", f"{kind}_targets": {"choices": ["a", "b"], "labels": labels}}
+
 
 @pytest.mark.parametrize(
     "task, rows, says",
@@ -411,10 +713,27 @@ CODE_ROW = {"prompt": PROMPT, "test": "def check(candidate):\n    pass\n", "entr
         ("gsm8k", [GSM_ROW, {"question": "1+1?", "answer": "It is 2"}], ["line 2", "It is 2", "#### "]),
         ("gsm8k", [{"question": ["1+1?"], "answer": "#### 2"}], ["line 1", "question", "['1+1?']"]),
         ("gsm8k", [], ["0 problems"]),
-        ("gsm8k", ["text"], ["line 1", "question"]),
+        ("gsm8k", ["text"], ["line 1", "one JSON object"]),
         ("answers", [{"question": "1+1?", "answer": "2"}], ["line 1", "answer"]),
         ("humaneval", [{"prompt": PROMPT, "test": ""}], ["line 1", "entry_point"]),
         ("humaneval", [CODE_ROW | {"entry_point": "triple"}], ["line 1", "entry_point", "triple"]),
+        ("arc_easy", [ARC_ROW, ARC_ROW | {"answerKey": "C"}], ["line 2", "answerKey", "label", "'C'"]),
+        ("arc_easy", [ARC_ROW | {"choices": ["a", "b"]}], ["line 1", "choices", "label"]),
+        ("arc_easy", [ARC_ROW | {"choices": {"text": ["a", ""], "label": ["A", "B"]}}], ["line 1", "empty"]),
+        ("arc_easy", [ARC_ROW | {"choices": {"text": ["a"], "label": ["A", "B"]}}], ["line 1", "choices"]),
+        ("hellaswag", [SWAG_ROW | {"label": ""}], ["line 1", "label", "''", "validation"]),
+        ("hellaswag", [SWAG_ROW | {"endings": ["a", "[step]"]}], ["line 1", "empty"]),
+        ("winogrande", [WINO_ROW | {"sentence": "no blank"}], ["line 1", "sentence", "_"]),
+        ("winogrande", [WINO_ROW | {"answer": ""}], ["line 1", "answer", "1 or 2", "validation"]),
+        ("truthfulqa_mc1", [truth_row("mc1", [0, 1])], ["line 1", "mc1_targets", "first is true"]),
+        ("truthfulqa_mc2", [truth_row("mc2", [1, 1])], ["line 1", "mc2_targets", "1 and 0"]),
+        ("truthfulqa_mc2", [truth_row("mc2", [1, 0, 1])], ["line 1", "mc2_targets", "as many"]),
+        ("mmlu", [MMLU_ROW | {"answer": 4}], ["line 1", "answer", "0, 1, 2 or 3", "4"]),
+        ("mmlu", [MMLU_ROW | {"answer": "B"}], ["line 1", "answer", "'B'"]),
+        ("mmlu", [MMLU_ROW | {"choices": ["a"]}], ["line 1", "choices", "four"]),
+        ("mmlu", [MMLU_ROW | {"subject": "cooking"}], ["line 1", "subject", "cooking"]),
+        ("mmlu", [], ["0 problems"]),
+        ("mt_bench", [{"question_id": 81, "category": "math", "turns": "one"}], ["line 1", "turns", "'one'"]),
     ],
 )
 def test_bad_rows(task, rows, says, tmp_path, capsys):
@@ -437,6 +756,10 @@ def test_bad_rows(task, rows, says, tmp_path, capsys):
         ("--tasks humaneval", ["--allow-code-execution"]),
         ("--max-new-tokens 512 --limit 1", ["512", "window", "--max-new-tokens"]),
         ("--model nowhere", ["nowhere"]),
+        ("--tasks arc_easy --leaderboard --shots 3", ["--leaderboard", "--shots 3"]),
+        ("--tasks reward --data reward=x", ["--reward-model"]),
+        ("--tasks mt_bench", ["question.jsonl"]),
+        ("--tasks mt_bench --data mt_bench=x --compare y", ["--compare"]),
     ],
 )
 def test_bad_flags(flags, says, capsys):
@@ -448,6 +771,8 @@ def test_too_few_rows_for_the_examples(tmp_path, capsys):
         write_jsonl(tmp_path / f"{split}.jsonl", [GSM_ROW] * n)
     flags = f"--tasks gsm8k --model nowhere --data gsm8k={tmp_path}"
     fails(capsys, flags, "3 rows", "5 worked examples")
+    mmlu = f"--tasks mmlu --model nowhere --shots 9 --data mmlu={oracle.ROWS / 'mmlu'}"
+    fails(capsys, mmlu, "abstract_algebra", "5 rows", "9 worked examples")
     (tmp_path / "train.jsonl").rename(tmp_path / "training.jsonl")
     fails(capsys, flags, "train.*")
 
@@ -463,6 +788,14 @@ def test_no_template_and_no_eos(tmp_path, capsys):
     tokenizer.eos_token = tokenizer.pad_token = None
     tokenizer.save_pretrained(tmp_path)
     fails(capsys, f"--model {tmp_path} --tasks gsm8k --shots 0 --data gsm8k={row}", "EOS")
+
+
+def test_winogrande_that_ends_in_the_blank(tmp_path, capsys):
+    """lm_eval scores one blank there without a word."""
+    row = write_jsonl(tmp_path / "x.jsonl", [WINO_ROW | {"sentence": "It is _"}])
+    with pytest.raises(SystemExit):
+        run(f"--tasks winogrande --model nowhere --data winogrande={row}")
+    assert "x.jsonl line 1: nothing follows" in capsys.readouterr().out
 
 
 def test_files_as_people_have_them(tmp_path):
@@ -501,9 +834,9 @@ def test_readme_commands_parse():
 
 
 def test_the_shape_of_the_script():
-    """One sitting, one screen: no line over 110 columns, and room left below 500 lines."""
+    """Readable in one screen's width; as long as README's limits say, it is not to grow unnoticed."""
     lines = (ROOT / "eval.py").read_text(encoding="utf-8").splitlines()
-    assert max(map(len, lines)) <= 110 and len(lines) <= 500
+    assert max(map(len, lines)) <= 110 and len(lines) <= 1009
 
 
 @pytest.mark.parametrize("name", ["die", "number", "chunks", "final_answer"])

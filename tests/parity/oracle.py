@@ -8,6 +8,7 @@ all: A has no BOS and no chat template, B has both, its template ends in a newli
 strings is a special token that is not EOS. Rows and canned answers are our own.
 """
 import argparse
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -45,6 +46,26 @@ CASES = {
     "B humaneval": {"model": "B", "task": "humaneval"},
     "A humaneval_instruct": {"model": "A", "task": "humaneval_instruct"},
     "B humaneval_instruct, chat": {"model": "B", "task": "humaneval_instruct", "chat": True},
+    "A arc_easy": {"model": "A", "task": "arc_easy"},
+    "A arc_challenge 25 shots": {"model": "A", "task": "arc_challenge", "shots": 25},
+    "A arc_challenge, every prompt cut": {"model": "A150", "task": "arc_challenge", "shots": 5},
+    "B arc_challenge 3 shots": {"model": "B", "task": "arc_challenge", "shots": 3},
+    "B arc_challenge 2 shots, chat": {"model": "B", "task": "arc_challenge", "shots": 2, "chat": True},
+    "A hellaswag 10 shots": {"model": "A", "task": "hellaswag", "shots": 10},
+    "B hellaswag": {"model": "B", "task": "hellaswag"},
+    "B hellaswag 2 shots, chat": {"model": "B", "task": "hellaswag", "shots": 2, "chat": True},
+    "B hellaswag, every prompt cut": {"model": "B150", "task": "hellaswag", "shots": 5},
+    "A winogrande 5 shots": {"model": "A", "task": "winogrande", "shots": 5},
+    "A winogrande, every prompt cut": {"model": "A150", "task": "winogrande", "shots": 8},
+    "B winogrande 3 shots, limit 5": {"model": "B", "task": "winogrande", "shots": 3, "limit": 5},
+    "B winogrande 2 shots, chat": {"model": "B", "task": "winogrande", "shots": 2, "chat": True},
+    "A truthfulqa_mc1": {"model": "A", "task": "truthfulqa_mc1", "shots": 5},
+    "A truthfulqa_mc2": {"model": "A", "task": "truthfulqa_mc2"},
+    "B truthfulqa_mc2, chat": {"model": "B", "task": "truthfulqa_mc2", "chat": True},
+    "A mmlu 5 shots": {"model": "A", "task": "mmlu", "shots": 5},
+    "A mmlu, every prompt cut": {"model": "A150", "task": "mmlu", "shots": 3},
+    "B mmlu, limit 3": {"model": "B", "task": "mmlu", "limit": 3},
+    "B mmlu 2 shots, chat": {"model": "B", "task": "mmlu", "shots": 2, "chat": True},
 }
 NEW_TOKENS = 40
 # What random models would rarely say: one token each, with its row of lm_head enlarged.
@@ -54,8 +75,8 @@ OFTEN = ["Question:", "Q:", "#### 1", "is 3. ", "\ndef", "\n#", "\nif", "```", "
 
 def build_models(folder):
     """Write models A and B and their variants."""
-    texts = [text for file in sorted(ROWS.glob("*/*.jsonl")) for line in file.read_text("utf-8").splitlines()
-             for text in map(str, json.loads(line).values())]
+    texts = [text for task in ("gsm8k", "humaneval") for file in sorted((ROWS / task).glob("*.jsonl"))
+             for line in file.read_text("utf-8").splitlines() for text in map(str, json.loads(line).values())]
     texts += OFTEN * 300
     for name in "AB":
         inner = Tokenizer(models.BPE())
@@ -102,7 +123,7 @@ def local(task, **splits):
     import lm_eval
     from lm_eval.tasks._yaml_loader import load_yaml
     family = task.split("_")[0]
-    file = {"gsm8k_cot_zeroshot": "gsm8k-cot-zeroshot"}.get(task, task)
+    file = {"gsm8k_cot_zeroshot": "gsm8k-cot-zeroshot", "winogrande": "default"}.get(task, task)
     config = load_yaml(Path(lm_eval.__file__).parent / "tasks" / family / f"{file}.yaml")
     splits = splits or {file.stem: str(file) for file in (ROWS / family).glob("*.jsonl")}
     config.update(dataset_path="json", dataset_name=None, dataset_kwargs={"data_files": splits})
@@ -116,30 +137,66 @@ def use_code_eval(folder):
     evaluate.load = lambda name, *a, **k: load(str(folder) if name == "code_eval" else name, *a, **k)
 
 
+def local_mmlu(folder):
+    """Write task files for the subjects in rows/mmlu, in lm_eval's groups; returns a TaskManager."""
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+    stock = Path(lm_eval.__file__).parent / "tasks" / "mmlu" / "default"
+    groups = {}
+    for subject in sorted(path.name for path in (ROWS / "mmlu").iterdir()):
+        file = stock / f"mmlu_{subject}.yaml"
+        kind = next(line.split('"')[3] for line in file.read_text().splitlines() if line.startswith('"tag"'))
+        groups.setdefault(kind.removesuffix("_tasks"), []).append(f"local_mmlu_{subject}")
+        files = {split: str(ROWS / "mmlu" / subject / f"{split}.jsonl") for split in ("test", "dev")}
+        (folder / f"{subject}.yaml").write_text(json.dumps({
+            "include": str(file), "task": f"local_mmlu_{subject}", "tag": None, "dataset_path": "json",
+            "dataset_name": None, "dataset_kwargs": {"data_files": files}}))
+    for group, tasks in (groups | {"mmlu": [f"local_{group}" for group in groups]}).items():
+        (folder / f"{group}.yaml").write_text(json.dumps({
+            "group": f"local_{group}", "task": tasks,
+            "aggregate_metric_list": [{"metric": "acc", "weight_by_size": True}]}))
+    return TaskManager(include_path=str(folder))
+
+
 def records(result, task):
-    """lm_eval's result -> {prompts, responses, metrics per document, aggregates}, in document order."""
+    """lm_eval's result -> {what was asked, said and scored, per document; aggregates}, in document order."""
     documents = {}
     for sample in result["samples"][task]:
         document = documents.setdefault(sample["doc_id"], {"extracted": {}, "metrics": {}})
-        document["prompt"], document["response"] = sample["arguments"][0][0], sample["resps"][0][0]
-        found = sample["filtered_resps"][0]
-        document["extracted"][sample["filter"]] = found[0] if isinstance(found, list) else found
+        if sample["filter"] == "none":                      # the model chooses
+            pairs = [tuple(pair) for pair in sample["arguments"]]
+            del document["extracted"]
+            document["prompts"] = list(dict.fromkeys(context for context, _ in pairs))
+            document["continuations"] = [continuation for _, continuation in pairs]
+            document["loglikelihoods"] = [found[0] for found in sample["filtered_resps"]]
+        else:
+            document["prompt"], document["response"] = sample["arguments"][0][0], sample["resps"][0][0]
+            found = sample["filtered_resps"][0]
+            document["extracted"][sample["filter"]] = found[0] if isinstance(found, list) else found
         for metric in sample["metrics"]:
             shown = "pass@1" if metric == "pass_at_k" else metric
-            document["metrics"][f"{shown},{sample['filter']}"] = sample[metric]
+            document["metrics"][f"{shown},{sample['filter']}"] = float(sample[metric])
     aggregates = {key: value for key, value in result["results"][task].items() if "," in key}
     return {"documents": [documents[key] for key in sorted(documents)], "aggregates": aggregates}
 
 
 def ask(case, folder):
-    """Run one of CASES through lm_eval."""
+    """Run one of CASES through lm_eval. MMLU: the subjects' documents one after the other, all aggregates."""
     import lm_eval
     model = {"pretrained": str(Path(folder) / case["model"]), "dtype": "float32"}
-    result = lm_eval.simple_evaluate(
-        model="hf", model_args=model, tasks=[local(case["task"])], num_fewshot=case.get("shots"), batch_size=1,
+    run = functools.partial(
+        lm_eval.simple_evaluate, model="hf", model_args=model, num_fewshot=case.get("shots"), batch_size=1,
         device="cpu", limit=case.get("limit"), bootstrap_iters=1, log_samples=True,
-        apply_chat_template=case.get("chat", False), gen_kwargs={"max_gen_toks": NEW_TOKENS},
-        confirm_run_unsafe_code=True)
+        apply_chat_template=case.get("chat", False), confirm_run_unsafe_code=True)
+    if case["task"] == "mmlu":
+        with tempfile.TemporaryDirectory() as tasks:
+            result = run(tasks=["local_mmlu"], task_manager=local_mmlu(Path(tasks)))
+        parts = [records(result, name)["documents"] for name in sorted(result["samples"])]
+        return {"documents": sum(parts, []), "aggregates": {
+            f"{name.removeprefix('local_')} {key}": value for name, values in
+            (result["results"] | result["groups"]).items() for key, value in values.items() if "," in key}}
+    writes = case["task"].startswith(("gsm8k", "humaneval"))
+    result = run(tasks=[local(case["task"])], gen_kwargs={"max_gen_toks": NEW_TOKENS} if writes else None)
     return records(result, case["task"])
 
 
