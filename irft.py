@@ -37,8 +37,12 @@ from statistics import fmean
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+import torch.distributed.checkpoint.state_dict as state_dicts
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer,
                           get_scheduler)
@@ -95,6 +99,7 @@ def parse_args(argv=None):
     flag("--decay", choices=["linear", "cosine", "constant_with_warmup"], default="linear", help="of lr")
     flag("--batch", type=number(int, 1), default=32, help="pairs per step")
     flag("--micro-batch", type=number(int, 1), help="pairs per forward pass: less memory, same gradient")
+    flag("--checkpoint-activations", action="store_true", help="compute them twice: less memory, slower")
     flag("--clip", type=number(float, above=0), default=1.0, help="largest gradient norm")
     flag("--seed", type=number(int, 0), default=0, help="of the samples and the order of pairs")
     # the run
@@ -174,9 +179,10 @@ LOSSES = {
 def self_play(policy, run, demos, seed):
     """The pairs of a round: each demonstration beside fresh responses of the policy; log pi_t of both."""
     pairs = [dict(demo) for demo in demos for _ in range(run.samples_per_prompt)]
-    responses = sample(policy, [pair["prompt_ids"] for pair in pairs], run.eos_ids, run.max_new_tokens,
-                       run.temperature, run.sample_batch, seed)             # y- ~ pi_t(.|x)
-    for pair, ids in zip(pairs, responses):
+    responses = shared_out([pair["prompt_ids"] for pair in pairs], lambda prompts, rank: sample(
+        policy, prompts, run.eos_ids, run.max_new_tokens, run.temperature, run.sample_batch, seed + rank))
+    shard(policy)                           # under torchrun a model is whole to sample, spread out to train
+    for pair, ids in zip(pairs, responses):                                 # y- ~ pi_t(.|x)
         pair |= {"generated": run.tokenizer.decode(ids), "generated_ids": ids}
     for side in ("real", "generated"):      # the reference: once, by the policy itself, without gradient
         for pair, logp in zip(pairs, score(response_logps, policy, texts(pairs, side), run.sample_batch)):
@@ -198,6 +204,8 @@ def pair_losses(model, pairs, loss, scale, shift):
 def train_round(model, pairs, loss, epochs, args, name, seed):
     """Train the policy in place, every pair once an epoch; yields metrics every 16 steps and each epoch."""
     model.eval()                            # no dropout: log-ratios must be 0 before the first step
+    shard(model)
+    recompute(model, args)
     learned = args.shift == "learn"
     shift = torch.tensor(0.0 if learned else args.shift, device=model.device, requires_grad=learned)
     groups = [{"params": list(model.parameters())}, {"params": [shift], "lr": args.shift_lr}]
@@ -210,12 +218,14 @@ def train_round(model, pairs, loss, epochs, args, name, seed):
             total, real, generated, began = 0.0, [], [], time.time()
             # the loss is a mean over pairs; for sft over tokens, as cross-entropy usually is
             weight = sum(len(pair["real_ids"]) for pair in batch) if loss == "sft" else len(batch)
-            for part in chunks(batch, args.micro_batch or args.batch):
+            for part, count in micro_batches(batch, args):
                 losses, d_real, d_generated = pair_losses(model, part, loss, args.scale, shift)
-                (losses.sum() / weight).backward()              # parts add up to the gradient of the batch
-                total += losses.sum().item() / weight
-                real, generated = real + d_real.tolist(), generated + d_generated.tolist()
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip).item()
+                mean = losses[:count].sum() / weight                # parts add up to the mean of the batch
+                (mean * ranks()[1]).backward()                      # and gradients become means over ranks
+                total += mean.item()
+                real, generated = real + d_real[:count].tolist(), generated + d_generated[:count].tolist()
+            total, real, generated = added_up(total, real, generated)
+            norm = clip_gradients(model, args.clip, shift)
             check_step(model, name, step, total, norm, loss, shift.detach())
             optimizer.step()
             optimizer.zero_grad()
@@ -261,22 +271,24 @@ def fit_reward(model, pairs, preferences, args, name, seed):
     be empty. Both losses are means over a batch; --preference-weight multiplies the second.
     """
     rng, seconds, parts = random.Random(seed), 0.0, [(pairs, 1.0)] + [(preferences, args.preference_weight)]
+    recompute(model, args)
     groups = [{"params": [weight for weight in model.parameters() if weight.requires_grad]}]
     optimizer, schedule = make_optimizer(groups, args.reward_lr, args.reward_steps, args)
     for step in range(1, args.reward_steps + 1):
         total, margins, began = 0.0, [], time.time()
         for source, weight in parts:
             batch = rng.sample(source, min(args.batch, len(source)))
-            for part in chunks(batch, args.micro_batch or args.batch):
+            for part, count in micro_batches(batch, args) if batch else ():
                 both = texts(part, "real") + texts(part, "generated")
                 r_real, r_generated = reward(model, both).chunk(2)                          # (B,) each
                 losses = REWARD_LOSSES[args.reward_loss](r_real, r_generated)
                 losses = losses + args.reward_penalty * (r_real ** 2 + r_generated ** 2)
-                loss = weight * losses.sum() / len(batch)
-                loss.backward()
+                loss = weight * losses[:count].sum() / len(batch)
+                (loss * ranks()[1]).backward()
                 total += loss.item()
-                margins += (r_real - r_generated).tolist() if source is pairs else []
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip).item()
+                margins += (r_real - r_generated)[:count].tolist() if source is pairs else []
+        total, margins = added_up(total, margins)
+        norm = clip_gradients(model, args.clip)
         check_finite(f"{name}, reward step {step}", total, norm)
         optimizer.step()
         optimizer.zero_grad()
@@ -318,25 +330,27 @@ def judge(policy, start_policy, reward_model, both, run):
 def improve_policy(policy, start_policy, reward_model, run, name, seed):
     """--policy-steps steps on E[r - kl * log pi/pi_ref] over fresh samples, in place; yields metrics."""
     policy.eval()
+    recompute(policy, run)
+    rank, world = ranks()
     rng, seconds, groups = random.Random(seed), 0.0, [{"params": list(policy.parameters())}]
     optimizer, schedule = make_optimizer(groups, run.policy_lr, run.policy_steps, run)
     for step in range(1, run.policy_steps + 1):
         began, chosen = time.time(), rng.sample(run.demos, min(run.policy_batch, len(run.demos)))
         prompts = [demo["prompt_ids"] for demo in chosen for _ in range(run.group_size)]
-        responses = sample(policy, prompts, run.eos_ids, run.max_new_tokens, 1.0, run.sample_batch,
-                           f"{seed} {step}")
+        responses = shared_out(prompts, lambda share, rank: sample(
+            policy, share, run.eos_ids, run.max_new_tokens, 1.0, run.sample_batch, f"{seed} {step}{rank}"))
         both = list(zip(prompts, responses))                                                # B of them
         r, kl, objective, old_logps = judge(policy, start_policy, reward_model, both, run)
         gains = advantages(objective.view(-1, run.group_size)).flatten()                    # (B,)
         for _ in range(run.ppo_epochs):
             total = 0.0
-            for rows in chunks(range(len(both)), run.micro_batch or len(both)):
+            for rows in chunks(range(rank, len(both), world), run.micro_batch or len(both)):
                 logps = response_logps(policy, [both[i] for i in rows])
                 old, gain = (values[list(rows)].to(policy.device) for values in (old_logps, gains))
                 loss = policy_losses(logps, old, gain, run.clip_ratio).sum() / len(both)
-                loss.backward()
+                (loss * world).backward()
                 total += loss.item()
-            norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), run.clip).item()
+            total, norm = added_up(total)[0], clip_gradients(policy, run.clip)
             check_finite(f"{name}, policy step {step}", total, norm)
             optimizer.step()
             optimizer.zero_grad()
@@ -390,6 +404,7 @@ def main(args):
             for record in records:          # the training happens while we walk through its records
                 log(run, record)
             save_model(policy, run.tokenizer, folder)
+            policy = whole(policy, run)
         evaluate(run, name, policy)
     if args.baseline == "sft" and (irft or args.rounds):
         sft_baseline(run, args, budget(run, args))
@@ -457,14 +472,87 @@ def collate(pairs, device, side="right"):
 def texts(pairs, side):
     return [(pair["prompt_ids"], pair[f"{side}_ids"]) for pair in pairs]
 
-@torch.no_grad()
 def score(measure, model, both, batch):
     """measure(model, [(prompt ids, response ids)]) in batches of similar length: floats, same order."""
+    return shared_out(both, lambda share, _: score_share(measure, model, share, batch))
+
+@torch.no_grad()
+def score_share(measure, model, both, batch):
     values, order = [0.0] * len(both), sorted(range(len(both)), key=lambda i: len(both[i][0] + both[i][1]))
     for rows in tqdm(chunks(order, batch), desc="scoring", leave=False, disable=None):
         for i, value in zip(rows, measure(model, [both[i] for i in rows]).tolist()):
             values[i] = value
     return values
+
+# Under torchrun every rank runs this file; these make one run of them. Without it they do nothing.
+
+def ranks():
+    """(number of this process, how many there are); without torchrun (0, 1)."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+def shared_out(items, function):
+    """function(a share of items, name of this rank) on every rank -> all results, in order, on every rank.
+
+    Shares are equally long, so that all ranks call a sharded model equally often: a short one repeats its
+    last items, whose results are dropped. The name is "" on rank 0, so that one process keeps its seeds.
+    """
+    rank, world = ranks()
+    if world == 1 or not items:
+        return function(items, "")
+    share = [items[i % len(items)] for i in range(rank, world * math.ceil(len(items) / world), world)]
+    parts = [None] * world
+    dist.all_gather_object(parts, function(share, f" rank {rank}" * (rank > 0)))
+    return [parts[i % world][i // world] for i in range(len(items))]
+
+def micro_batches(batch, args):
+    """This rank's share of a batch in parts: [(pairs, how many of them count)]; as many on every rank."""
+    rank, world = ranks()
+    if args.micro_batch or world > 1:       # similar lengths together: less padding, equal work
+        batch = sorted(batch, key=lambda pair: len(pair["prompt_ids"]) + len(pair["real_ids"]))
+    share = batch[rank::world]
+    excess = math.ceil(len(batch) / world) - len(share)         # 1 where the last round of cards went short
+    parts = chunks(share + batch[:1] * excess, args.micro_batch or args.batch)
+    return [(part, len(part) - excess * (part is parts[-1])) for part in parts]
+
+def added_up(*values):
+    """Numbers, or lists, of all ranks in one: [total, list, ...], the same on every rank."""
+    parts = [values] * ranks()[1]
+    if len(parts) > 1:
+        dist.all_gather_object(parts, values)
+    return [sum(column[1:], column[0]) for column in zip(*parts)]
+
+def clip_gradients(model, limit, *others):
+    """The gradients' mean over ranks, where FSDP has not taken it already; clips the model's: their norm."""
+    world = ranks()[1]
+    for weight in (*model.parameters(), *others) if world > 1 else ():
+        if weight.requires_grad and not hasattr(weight, "full_tensor"):
+            weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad / world
+            dist.all_reduce(weight.grad)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
+    return (norm.full_tensor() if isinstance(model, FSDPModule) else norm).item()
+
+def shard(model):
+    """Spread weights, and so gradients and optimizer, over the ranks, in place: FSDP2, layer by layer."""
+    if ranks()[1] > 1 and not isinstance(model, FSDPModule):
+        mesh = dist.init_device_mesh(model.device.type, (ranks()[1],))
+        for part in (*layers_of(model), model):
+            fully_shard(part, mesh=mesh)
+
+def whole(policy, run):
+    """The policy to sample from: itself, or of a sharded one a copy, by way of the disk."""
+    if not isinstance(policy, FSDPModule):
+        return policy
+    save_model(policy, run.tokenizer, run.out / "whole")
+    return load_model(run.out / "whole", run.device)
+
+def layers_of(model):
+    return next(module for module in model.modules() if isinstance(module, torch.nn.ModuleList))
+
+def recompute(model, args):
+    """--checkpoint-activations: a layer keeps its input only, the rest is computed again going backward."""
+    for layer in layers_of(model) if args.checkpoint_activations else ():
+        forward = type(layer).forward.__get__(layer)            # the layer's own, also when called again
+        layer.forward = lambda *a, own=forward, **k: checkpoint(own, *a, use_reentrant=False, **k)
 
 def make_optimizer(groups, lr, steps, args):
     """AdamW or RMSprop without weight decay, which leaves a shift that is not learned alone; its schedule."""
@@ -564,13 +652,19 @@ def read_demos(name, rows, tokenizer, eos_ids, window, args):
 def start(args, label):
     """Device, model, data, folder; prints the header. Returns what all phases need, and the policy."""
     hf_logging.disable_progress_bar()
+    if "LOCAL_RANK" in os.environ and not dist.is_initialized():            # started by torchrun
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group()
+        sys.stdout = sys.stdout if ranks()[0] == 0 else open(os.devnull, "w")       # one of them speaks
     best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     device = best if args.device == "auto" else args.device
     if device not in ("cpu", best):
         die(f"--device {device}: PyTorch finds none here, the best is {best}")
     policy, tokenizer = load_model(args.model, device), AutoTokenizer.from_pretrained(args.model)
     print(f"{args.model}: {sum(p.numel() for p in policy.parameters()):,} parameters, {device} (--device "
-          f"{args.device}), fp32 weights{', bf16 autocast' if device == 'cuda' else ''}")
+          f"{args.device}), fp32 weights{', bf16 autocast' if device == 'cuda' else ''}"
+          f"{f', {ranks()[1]} processes' * (ranks()[1] > 1)}")
     listed = policy.generation_config.eos_token_id              # an id, a list of ids or None
     eos_ids = {tokenizer.eos_token_id, *(listed if isinstance(listed, list) else [listed])} - {None}
     if args.prompt_template:                                    # becomes, and is saved as, the chat template
@@ -587,6 +681,8 @@ def start(args, label):
         path for n in range(1, 10 ** 6) if not (path := Path(f"runs/{label}-{n}")).exists()))
     if out.exists() and any(out.iterdir()) and not args.resume:
         die(f"--out {out} is not empty; name another folder, or continue that run with --resume {out}")
+    if dist.is_initialized():
+        dist.barrier()                      # nobody writes before all have looked
     # A resumed run forgets what an interrupted phase has logged: it happens again. So does the SFT baseline.
     records = [record for record in read(out / "metrics.jsonl") if record["phase"] == "base"
                or (out / f"round_{record['phase'].split()[-1]}").exists()]
@@ -623,7 +719,7 @@ def load_reward(path, run):
         tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
         model.resize_token_embeddings(max(len(tokenizer), model.get_input_embeddings().num_embeddings))
     model.config.pad_token_id = tokenizer.pad_token_id
-    layers = next(module for module in model.modules() if isinstance(module, torch.nn.ModuleList))
+    layers = layers_of(model)
     for layer in layers[:round(run.freeze_layers * len(layers))]:
         layer.requires_grad_(False)
     return model.to(run.device).eval(), tokenizer
@@ -653,7 +749,8 @@ def report(policy, start_policy, reward_model, run, name, seed):
     """Dev demonstrations against fresh samples: does the reward tell them apart, how far are we?"""
     problems = (run.dev or run.demos)[:500]
     prompts = [problem["prompt_ids"] for problem in problems]
-    responses = sample(policy, prompts, run.eos_ids, run.max_new_tokens, 1.0, run.sample_batch, seed)
+    responses = shared_out(prompts, lambda share, rank: sample(
+        policy, share, run.eos_ids, run.max_new_tokens, 1.0, run.sample_batch, seed + rank))
     r, kl, objective, _ = judge(policy, start_policy, reward_model, list(zip(prompts, responses)), run)
     margins = torch.tensor(score(reward, reward_model, texts(problems, "real"), run.sample_batch)) - r
     return {"phase": name, "dev_margin": margins.mean().item(), "dev_reward_accuracy":
@@ -680,13 +777,20 @@ def budget(run, args):
 def save_model(model, tokenizer, folder):
     """HF format, written beside its place and moved there when complete, with the samples of the round."""
     partial = folder.with_name(folder.name + ".partial")
-    for part in (model, tokenizer):
-        part.save_pretrained(partial)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(partial, folder)
+    state = state_dicts.get_model_state_dict(model, options=state_dicts.StateDictOptions(
+        full_state_dict=True, cpu_offload=True)) if isinstance(model, FSDPModule) else None     # on rank 0
+    if ranks()[0] == 0:
+        model.save_pretrained(partial, state_dict=state)
+        tokenizer.save_pretrained(partial)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(partial, folder)
+    if dist.is_initialized():
+        dist.barrier()
 
 def write(path, rows):
     """One JSON object a line; the file is there whole or not at all."""
+    if ranks()[0]:
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -722,8 +826,9 @@ def final_answer(text):
 
 def answers(run, policy, problems, temperature):
     """One response each: (share of right ones, None unless all problems have a '####' answer; token ids)."""
-    ids = sample(policy, [problem["prompt_ids"] for problem in problems], run.eos_ids, run.max_new_tokens,
-                 temperature, run.sample_batch, f"{run.seed} answers")
+    ids = shared_out([problem["prompt_ids"] for problem in problems], lambda prompts, rank: sample(
+        policy, prompts, run.eos_ids, run.max_new_tokens, temperature, run.sample_batch,
+        f"{run.seed} answers{rank}"))
     texts = run.tokenizer.batch_decode(ids, skip_special_tokens=True)
     right = [final_answer(text) == problem["answer"] for text, problem in zip(texts, problems)]
     return fmean(right) if all(problem["answer"] for problem in problems) else None, ids
@@ -755,7 +860,7 @@ def sft_baseline(run, args, epochs):
     policy, best = load_model(args.model, run.device), -1
     for record in train_round(policy, run.demos, "sft", epochs, args, "sft", f"{args.seed} sft"):
         if record["epoch"] % 1 == 0:
-            record["dev_accuracy"] = dev = run.dev and answers(run, policy, run.dev, 0)[0]
+            record["dev_accuracy"] = dev = run.dev and answers(run, whole(policy, run), run.dev, 0)[0]
             if dev is None or dev > best:
                 best = dev
                 save_model(policy, run.tokenizer, run.out / "sft")
@@ -795,3 +900,5 @@ def summarize(run):
 
 if __name__ == "__main__":
     main(parse_args())
+    if dist.is_initialized():
+        dist.destroy_process_group()
