@@ -176,7 +176,7 @@ def self_play(policy, run, demos, seed):
     pairs = [dict(demo) for demo in demos for _ in range(run.samples_per_prompt)]
     responses = shared_out([pair["prompt_ids"] for pair in pairs], lambda prompts, rank: sample(
         policy, prompts, run.eos_ids, run.max_new_tokens, run.temperature, run.sample_batch, seed + rank))
-    shard(policy)                           # under torchrun a model is whole to sample, spread out to train
+    shard(policy, run)                      # under torchrun a model is whole to sample, spread out to train
     for pair, ids in zip(pairs, responses):                                 # y- ~ pi_t(.|x)
         pair |= {"generated": run.tokenizer.decode(ids), "generated_ids": ids}
     for side in ("real", "generated"):      # the reference: once, by the policy itself, without gradient
@@ -199,7 +199,7 @@ def pair_losses(model, pairs, loss, scale, shift):
 def train_round(model, pairs, loss, epochs, args, name, seed):
     """Train the policy in place, every pair once an epoch; yields metrics every 16 steps and each epoch."""
     model.eval()                            # no dropout: log-ratios must be 0 before the first step
-    shard(model)
+    shard(model, args)
     recompute(model, args)
     learned = args.shift == "learn"
     shift = torch.tensor(0.0 if learned else args.shift, device=model.device, requires_grad=learned)
@@ -375,9 +375,12 @@ def clip_gradients(model, limit, *others):
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
     return (norm.full_tensor() if isinstance(model, FSDPModule) else norm).item()
 
-def shard(model):
-    """Spread weights, and so gradients and optimizer, over the ranks, in place: FSDP2, layer by layer."""
-    if ranks()[1] > 1 and not isinstance(model, FSDPModule):
+def shard(model, args):
+    """Spread weights, and so gradients and optimizer, over the ranks, in place: FSDP2, layer by layer.
+
+    Not in RFT, which samples at every step and so keeps its policy whole on every rank.
+    """
+    if ranks()[1] > 1 and not isinstance(model, FSDPModule) and getattr(args, "method", None) != "rft":
         mesh = dist.init_device_mesh(model.device.type, (ranks()[1],))
         for part in (*layers_of(model), model):
             fully_shard(part, mesh=mesh)
