@@ -382,8 +382,8 @@ def shard(model, args):
     """
     if ranks()[1] > 1 and not isinstance(model, FSDPModule) and getattr(args, "method", None) != "rft":
         mesh = dist.init_device_mesh(model.device.type, (ranks()[1],))
-        for part in (*layers_of(model), model):
-            fully_shard(part, mesh=mesh)
+        for part in (*layers_of(model), model):         # resharded after scoring, too, or the first step
+            fully_shard(part, mesh=mesh, reshard_after_forward=True)    # would miss weights of the root
 
 def whole(policy, run):
     """The policy to sample from: itself, or of a sharded one a copy, by way of the disk."""

@@ -99,6 +99,7 @@ def parse_args(argv=None):
     flag("--decay", choices=["linear", "cosine", "constant_with_warmup"], default="linear", help="of lr")
     flag("--batch", type=number(int, 1), default=32, help="pairs per step")
     flag("--micro-batch", type=number(int, 1), help="pairs per forward pass: less memory, same gradient")
+    flag("--lora-rank", type=number(int, 1), help="train this many directions per matrix; official: 64")
     flag("--checkpoint-activations", action="store_true", help="compute them twice: less memory, slower")
     flag("--clip", type=number(float, above=0), default=1.0, help="largest gradient norm")
     flag("--seed", type=number(int, 0), default=0, help="of the samples and the order of pairs")
@@ -381,7 +382,46 @@ def rft_round(policy, run, pairs, t, seed):
     save_model(reward_model, tokenizer, run.out / f"round_{t}.partial" / "reward")
 
 
-# ---- 5. The whole method -----------------------------------------------------------------------------------
+# ---- 5. LoRA: fewer weights to train -----------------------------------------------------------------------
+
+ADAPTED = "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"
+
+class LoRA(torch.nn.Module):
+    """W x + alpha/rank B A x, W frozen (arXiv 2106.09685); alpha 16 as in the official code."""
+    def __init__(self, linear, rank, generator):
+        super().__init__()
+        a = torch.randn(rank, linear.in_features, generator=generator) / math.sqrt(linear.in_features)
+        self.linear, self.factor = linear, 16 / rank
+        self.a = torch.nn.Parameter(a.to(linear.weight.device))                         # (rank, in)
+        self.b = torch.nn.Parameter(linear.weight.new_zeros(linear.out_features, rank))     # no change yet
+
+    def forward(self, x):                                               # (..., in) -> (..., out)
+        return self.linear(x) + self.factor * F.linear(F.linear(x, self.a), self.b)
+
+def children(model):
+    return [(parent, name, child) for parent in model.modules() for name, child in parent.named_children()]
+
+def add_lora(model, rank, seed):
+    """In place: of the model, only the new A and B of each layer in ADAPTED are trained."""
+    model.requires_grad_(False)
+    generator = torch.Generator().manual_seed(random.Random(f"{seed} lora").getrandbits(60))
+    for parent, name, child in children(model):
+        if name in ADAPTED:
+            setattr(parent, name, LoRA(child, rank, generator))
+    if not any(weight.requires_grad for weight in model.parameters()):
+        die(f"--lora-rank: the model has none of the layers {', '.join(ADAPTED)}")
+
+@torch.no_grad()
+def merge_lora(model):
+    """In place: W + alpha/rank B A takes the place of W, A and B, and can be trained again."""
+    for parent, name, child in children(model):
+        if isinstance(child, LoRA):
+            child.linear.weight += child.factor * child.b @ child.a
+            setattr(parent, name, child.linear)
+    model.requires_grad_(True)
+
+
+# ---- 6. The whole method -----------------------------------------------------------------------------------
 
 def main(args):
     """Base, rounds, SFT baseline; returns what summary.json holds: the table's rows, the best round."""
@@ -395,6 +435,8 @@ def main(args):
             policy = load_model(folder, run.device)
         else:
             demos = run.demos[t - 1::args.chunks] if irft else run.demos        # IRFT: every T-th of them
+            if run.lora_rank:
+                add_lora(policy, run.lora_rank, seed)
             pairs = keep_pairs(run, name, t, lambda: self_play(policy, run, demos, seed))
             if irft:
                 epochs = (args.steps_per_chunk or 0) / math.ceil(len(pairs) / args.batch) or args.epochs
@@ -403,6 +445,8 @@ def main(args):
                 records = rft_round(policy, run, pairs, t, seed)
             for record in records:          # the training happens while we walk through its records
                 log(run, record)
+            if run.lora_rank:
+                merge_lora(policy)
             save_model(policy, run.tokenizer, folder)
             policy = whole(policy, run)
         evaluate(run, name, policy)
@@ -538,8 +582,8 @@ def shard(model, args):
     """
     if ranks()[1] > 1 and not isinstance(model, FSDPModule) and getattr(args, "method", None) != "rft":
         mesh = dist.init_device_mesh(model.device.type, (ranks()[1],))
-        for part in (*layers_of(model), model):
-            fully_shard(part, mesh=mesh)
+        for part in (*layers_of(model), model):         # resharded after scoring, too, or the first step
+            fully_shard(part, mesh=mesh, reshard_after_forward=True)    # would miss weights of the root
 
 def whole(policy, run):
     """The policy to sample from: itself, or of a sharded one a copy, by way of the disk."""

@@ -17,7 +17,7 @@ from conftest import ROOT, byte_tokenizer, tiny_model
 from test_gsil import (A, EOS, PAIRS, Q, assistant, commands, made_pairs, metrics, small,  # noqa: F401
                        user, weights, write_jsonl)
 
-OWN = {"parse_args", "main", "complete"}
+OWN = {"parse_args", "main", "complete"}  # and LoRA is in irft.py alone
 
 
 def functions(module):
@@ -322,7 +322,7 @@ MODES = [
     "--rounds 2 --reward-pairs all --temperature 0",
     "--preferences PREFERENCES --preference-weight 0.5",
     "--method irft --chunks 3",
-    "--method irft --chunks 2 --loss linear --steps-per-chunk 3",
+    "--method irft --chunks 2 --loss linear --steps-per-chunk 3 --lora-rank 4",
 ]
 
 
@@ -439,3 +439,39 @@ def test_the_shape_of_the_script():
     """No line over 110 columns."""
     lines = (ROOT / "irft.py").read_text().splitlines()
     assert max(map(len, lines)) <= 110
+
+
+# ---- LoRA --------------------------------------------------------------------------------------------------
+
+
+def test_lora_starts_as_the_model_itself_and_merges_into_it(folder):
+    """Samples and reference log-probs are taken before the first step: an adapter that is not zero would make
+    policy and reference disagree. After training, the merged matrix must do what the adapted one did."""
+    model, pairs = gsil.load_model(folder, "cpu"), [([5, 6], [7, 8, 1])]
+    before, names = irft.response_logps(model, pairs), set(model.state_dict())
+    irft.add_lora(model, 3, "a seed")
+    assert torch.equal(irft.response_logps(model, pairs), before)
+    trained = [name for name, weight in model.named_parameters() if weight.requires_grad]
+    assert len(trained) == 2 * 7 * 2 and all(name.endswith((".a", ".b")) for name in trained)
+    optimizer = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad], lr=0.1)
+    for _ in range(2):
+        irft.response_logps(model, pairs).sum().backward()
+        optimizer.step()
+    adapted = irft.response_logps(model, pairs)
+    assert (adapted - before).abs() > 0.1
+    irft.merge_lora(model)
+    assert torch.allclose(irft.response_logps(model, pairs), adapted, atol=1e-4)
+    assert set(model.state_dict()) == names and all(weight.requires_grad for weight in model.parameters())
+
+
+def test_lora_is_the_same_again(folder):
+    """A resumed run draws A anew: from the seed, or it would not go on as it was."""
+    first, second, other = (gsil.load_model(folder, "cpu") for _ in range(3))
+    for model, seed in ((first, "0"), (second, "0"), (other, "1")):
+        irft.add_lora(model, 2, seed)
+    name = "model.layers.0.mlp.up_proj.a"
+    assert torch.equal(first.state_dict()[name], second.state_dict()[name])
+    assert not torch.equal(first.state_dict()[name], other.state_dict()[name])
+    gpt = torch.nn.ModuleDict({"query_key_value": torch.nn.Linear(2, 2)})
+    with pytest.raises(SystemExit):
+        irft.add_lora(gpt, 2, "0")
