@@ -721,7 +721,8 @@ def test_the_toys_base_model():
 
 def commands(script):
     text = (ROOT / "README.md").read_text().replace("\\\n", " ")
-    return [line.split("#")[0] for line in re.findall(rf"^\s*(?:.*&& )?python {script}(.*)$", text, re.M)]
+    found = re.findall(rf"^\s*(?:.*&& )?(?:python|torchrun .*) {script}(.*)$", text, re.M)
+    return [line.split("#")[0] for line in found]
 
 
 def test_readme_commands_parse():
