@@ -49,11 +49,11 @@ def methods(args):
     policy = f"--policy-lr {args.lr} --reward-lr {args.lr} --reward-steps {args.steps} --policy-steps {args.steps}"
     return {
         "SFT": ("gsil", f"--loss sft --epochs 3 --lr {args.lr}", "round_1"),
-        "SPIN, IRFT T = 1": ("gsil", f"--loss spin {both}", "round_1"),
         "GSIL logistic": ("gsil", f"--loss logistic {both}", "round_1"),
-        "GSIL kliep": ("gsil", f"--loss kliep {both}", "round_1"),
+        "SPIN, IRFT T = 1": ("gsil", f"--loss spin {both}", "round_1"),
         "IRFT, T = 5": ("irft", f"--method irft --chunks 5 {both}", "round_5"),
         "RFT": ("irft", f"--method rft --policy-batch {args.batch // 2} --group-size 2 {policy}", "round_1"),
+        "GSIL kliep": ("gsil", f"--loss kliep {both}", "round_1"),
     }
 
 
@@ -130,7 +130,11 @@ def main():
     table = {}
 
     def add(name, policy, seconds):
-        row = look(policy, tokenizer, eos_ids, problems["heldout"], args) | {"seconds": f"{seconds:.0f}"}
+        file = Path(args.out) / f"{name.replace(' ', '').replace('/', '-')}.json"
+        if not file.exists():
+            found = look(policy, tokenizer, eos_ids, problems["heldout"], args)
+            gsil.write(file, [found | {"seconds": f"{seconds:.0f}"}])
+        [row] = gsil.read(file)
         if not table:
             print("\n|  |", " | ".join(row), "|")
             print("|---" * (len(row) + 1) + "|")
