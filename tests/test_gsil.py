@@ -734,6 +734,61 @@ def test_readme_commands_parse():
             gsil.parse_args(shlex.split(flags.replace("`", "")))
 
 
+def test_the_pair_by_hand_in_readme():
+    """A student follows these numbers with a pencil; each must be what the code computes."""
+    tokenizer = AutoTokenizer.from_pretrained(gsil.TOY / "base")
+    policy, args = gsil.load_model(gsil.TOY / "base", "cpu"), gsil.parse_args([])
+    question = "Ava has 7 apples . Ava buys 4 more . the number grows 2 times . how many apples does Ava have ?"
+    row = {"question": question, "answer": "7 + 4 = 11 . 11 * 2 = 22 . #### 22"}
+    [pair] = gsil.read_demos("x", [("x", row)], tokenizer, {tokenizer.eos_token_id}, 512, args)
+    pair["generated_ids"] = tokenizer("#### 17").input_ids + [tokenizer.eos_token_id]
+    text = (ROOT / "README.md").read_text().partition("### One pair by hand")[2].partition("\n### ")[0]
+    assert question in text and row["answer"] in text and "#### 17 <eos>" in text
+
+    def sums():
+        return [gsil.response_logps(policy, gsil.texts([pair], side)).item() for side in ("real", "generated")]
+
+    pair["real_reference"], pair["generated_reference"] = before = sums()
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3, weight_decay=0)
+    gsil.pair_losses(policy, [pair], "logistic", 0.3, 0.0)[0].sum().backward()
+    optimizer.step()
+    loss, *d = (value.item() for value in gsil.pair_losses(policy, [pair], "logistic", 0.3, 0.0))
+    pulls = [-0.3 / (1 + math.exp(0.3 * d[0])), 0.3 / (1 + math.exp(-0.3 * d[1]))]
+    for value in (*before, *sums(), *d, 0.3 * d[0], 0.3 * d[1], loss, *pulls):
+        assert any(abs(float(n) - value) < 0.002 for n in re.findall(r"-?\d\.\d{3}", text)), value
+
+
+def test_readme_names_what_is_there():
+    """\"Paper to code\" is how a reader of the papers finds the place; a renamed function must not break it."""
+    text = (ROOT / "README.md").read_text()
+    named = re.findall(r"`(gsil|irft|eval)\.py:(\w+)`", text)
+    assert len(named) >= 18
+    for script, name in named:
+        source = (ROOT / f"{script}.py").read_text()
+        assert re.search(rf"^(def {name}\(|{name} = )", source, re.M), (script, name)
+
+
+def test_a_sixth_loss_is_one_line(small, tmp_path, monkeypatch, capsys):
+    """README promises that an entry of LOSSES is all: listed by --help, checked at the first step, trained with."""
+    monkeypatch.setitem(gsil.LOSSES, "squared", lambda h_real, h_generated: (h_real - 1) ** 2 + (h_generated + 1) ** 2)
+    with pytest.raises(SystemExit):
+        gsil.parse_args(["--help"])
+    assert "squared" in capsys.readouterr().out
+    run(small, tmp_path / "run", "--loss squared --baseline none")
+    losses = [record["loss"] for record in metrics(tmp_path / "run") if "loss" in record]
+    assert losses[-1] < losses[0] < 2.01
+
+
+@pytest.mark.parametrize("script", ["gsil", "irft"])
+def test_readme_has_the_numbers_that_were_measured(script):
+    """tests/results_*.md is what tests/results.py printed; a number edited by hand must not pass for it."""
+    readme = (ROOT / "README.md").read_text()
+    rows = [row for row in (ROOT / f"tests/results_{script}.md").read_text().splitlines() if "±" in row]
+    assert len(rows) >= 20
+    for row in rows:
+        assert row in readme, row
+
+
 def test_the_shape_of_the_script():
     """One sitting: no line over 110 columns, and the method ends before line 250."""
     lines = (ROOT / "gsil.py").read_text().splitlines()
