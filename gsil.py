@@ -294,7 +294,7 @@ def resumed(args, parser):
     saved = read(Path(args.resume) / "args.json")
     if not saved:
         parser.error(f"--resume {args.resume}: no args.json there, so it is not the folder of a run")
-    if {*saved[0]} != {*vars(args)}:
+    if ({*saved[0]} ^ {*vars(args)}) - {"shift", "shift_lr"}:           # no flags of irft.py
         parser.error(f"--resume {args.resume}: a run of another script, or of another version of this one")
     own = [k for k, v in vars(args).items() if v not in (saved[0].get(k), parser.get_default(k))]
     if set(own) - {"resume", "rounds"}:
@@ -581,8 +581,8 @@ def load(kind, path, trust, what="a tokenizer", **more):
     try:
         return kind.from_pretrained(path, trust_remote_code=trust, **more)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        die(f"{path}: not {what}: {str(error).strip().splitlines()[0]}; take a folder, or with a network a Hub "
-            "name, that has config.json, .safetensors and a tokenizer; its own code needs --trust-remote-code")
+        die(f"{path}: not {what}: {str(error).strip().splitlines()[0]}; take a folder, or with a network a "
+            "Hub name, that has config.json, .safetensors and a tokenizer; code in it: --trust-remote-code")
 
 def load_model(path, device, trust=False):
     """A causal language model with fp32 weights."""
