@@ -615,7 +615,7 @@ def make_optimizer(groups, lr, steps, args):
 
 def no_nan(logits):
     if logits.isnan().any():                # their argmax would be taken for a response
-        die("the model's logits are NaN: its weights are broken; lower --lr and start anew")
+        die("the model's logits are NaN: its weights are broken; start anew with a lower learning rate")
     return logits
 
 def check_finite(where, loss, norm, remedy, worst=lambda: ""):
@@ -623,15 +623,13 @@ def check_finite(where, loss, norm, remedy, worst=lambda: ""):
         die(f"{where}: loss {loss}, gradient {norm}{worst()}; finished rounds are safe; {remedy}")
 
 @torch.no_grad()
-def worst_pair(model, batch, loss, scale, shift):
+def worst_pair(model, batch, *how):
     """In words, the pair with the largest log-ratios (sft: log-probs), NaN being the largest of all."""
-    found = []
-    for pair in batch:
-        ratios = sum((d.tolist() for d in pair_losses(model, [pair], loss, scale, shift)[1:]), [])
-        lengths = [len(pair[f"{side}_ids"]) for side in ("real", "generated")[:len(ratios)]]
-        size = max(math.inf if math.isnan(d) else abs(d) for d in ratios)
-        found.append((size, f"; worst pair: {pair['prompt']!r:.200}, log-ratios {ratios}, lengths {lengths}"))
-    return max(found)[1]
+    ratios = [sum((d.tolist() for d in pair_losses(model, [pair], *how)[1:]), []) for pair in batch]
+    sizes = [max(math.inf if math.isnan(d) else abs(d) for d in both) for both in ratios]
+    worst = sizes.index(max(sizes))
+    lengths = [len(batch[worst][key]) for key in ("real_ids", "generated_ids") if key in batch[worst]]
+    return f"; worst pair: {batch[worst]['prompt']!r:.200}, log-ratios {ratios[worst]}, lengths {lengths}"
 
 def check_step(model, batch, name, step, total, norm, loss, scale, shift):
     """Stop before a bad step: numbers not finite, or a first loss that is not that of policy == reference."""
