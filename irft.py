@@ -432,6 +432,8 @@ def main(args):
     run.preferences = read_preferences(args.preferences, run, args) if args.preferences else []
     evaluate(run, "base", policy)
     irft = args.method == "irft"
+    if args.reward_model and not irft:      # a mistake there should not cost the samples
+        load_reward(args.reward_model, run)
     for t in range(1, (args.chunks if irft else args.rounds) + 1):
         name, seed, folder = f"{args.method} {t}", f"{args.seed} round {t}", run.out / f"round_{t}"
         if folder.exists():                 # a resumed run has this round behind it
