@@ -48,6 +48,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 import torch
 from jinja2 import TemplateError
+from safetensors import SafetensorError
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification,
@@ -86,6 +87,7 @@ def parse_args(argv=None):
     flag("--batch-size", type=number(int, 1), default=16, help="prompts at a time: only speed and memory")
     flag("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto", help="auto: as saved")
     flag("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto", help="auto: the first there is")
+    flag("--trust-remote-code", action="store_true", help="run code that comes with a model")
     flag("--out", help="JSON file for settings, versions, results and every sample")
     return complete(parser.parse_args(argv), parser)
 
@@ -131,10 +133,10 @@ def render(tokenizer, turns, done=False):
     messages, begun = [{"role": role, "content": text} for role, text in turns], turns[-1][0] == "assistant"
     template = partial(tokenizer.apply_chat_template, tokenize=False, add_generation_prompt=not begun,
                        continue_final_message=begun and not done)
-    try:
-        return template(messages)
-    except TemplateError:                   # some templates refuse a system turn: lm_eval leaves it out
-        return template([message for message in messages if message["role"] != "system"])
+    for some in (messages, [message for message in messages if message["role"] != "system"]):
+        with suppress(TemplateError):       # some templates refuse a system turn: lm_eval leaves it out
+            return template(some)
+    die(f"the chat template refuses this conversation, with and without system turn: {messages!r:.300}")
 
 def encode(tokenizer, prompt, special=True):
     """Token ids, with the BOS this tokenizer adds, unless the text (a rendered template) begins with it."""
@@ -420,13 +422,14 @@ def load_reward(path, args):
     """Classifier with one output, its tokenizer, and whether it is of beaver's kind."""
     hf_logging.set_verbosity_error()        # transformers would only warn of a missing head
     try:
-        kinds = AutoConfig.from_pretrained(path).architectures or []
+        kinds = AutoConfig.from_pretrained(path, trust_remote_code=args.trust_remote_code).architectures or []
         beaver = any("ForScore" in kind for kind in kinds)      # safe-rlhf's class: other names, own format
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=args.trust_remote_code)
         model, info = AutoModelForSequenceClassification.from_pretrained(
-            path, num_labels=1, dtype=args.dtype, output_loading_info=True,
+            path, num_labels=1, dtype=args.dtype, output_loading_info=True, use_safetensors=True,
+            trust_remote_code=args.trust_remote_code,
             key_mapping={"^score_head": "score"} if beaver else None)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         die(f"--reward-model {path}: not a classifier with one label: {str(error).strip().splitlines()[0]}")
     if info["missing_keys"]:
         die(f"--reward-model {path}: lacks {', '.join(sorted(info['missing_keys']))}: they would be random")
@@ -514,9 +517,9 @@ def read_answers(file):
         try:
             answer = json.loads(line)
             answers[answer["question_id"]] = answer
-        except (ValueError, KeyError, TypeError):
-            if n < len(lines):
-                die(f"{file} line {n}: should be an answer in FastChat's form, found {line:.100}")
+        except (ValueError, KeyError, TypeError) as error:
+            if n < len(lines) or not isinstance(error, ValueError):
+                die(f"{file} line {n}: should be an answer in FastChat's form, found {line!r:.100}")
             print(f"{file}: dropped its last line, which is unfinished")
     return answers
 
@@ -806,6 +809,8 @@ def main(args):
         print("warning: runs what the model writes; this is not a sandbox, use a container without network")
     if args.out:
         Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+        if Path(args.out).is_dir() or not os.access(Path(args.out).parent, os.W_OK):    # not after hours
+            die(f"--out {args.out}: should be a file, in a folder that can be written")
     data = {name: read_task(name, TASKS[name], args) for name in args.tasks}
     for n, row in enumerate(data["reward"][0] if "reward" in data and not args.compare else [], 1):
         if not read_dialogue(row)[2]:
@@ -945,7 +950,7 @@ def read_rows(path, split):
             for n, line in enumerate(lines, 1):
                 rows += [(f"{file} line {n}", json.loads(line))] if line.strip() else []
                 if line.strip() and not isinstance(rows[-1][1], dict):
-                    raise ValueError(f"found {line.strip():.200}")
+                    raise ValueError(f"found {line.strip()!r:.200}")
     except (OSError, EOFError, ValueError) as error:
         die(f"{file} line {n}: {error}; expected is one JSON object on each line, in UTF-8")
     return rows
@@ -958,7 +963,7 @@ def read_hub(*source, split, **files):
         rows = datasets.load_dataset(*source, split=split, **files)
         return [(f"{name} row {n}", row) for n, row in enumerate(rows, 1)]
     except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
-        die(f"{name}: {str(error).splitlines()[0]}; --data TASK=PATH reads local files")
+        die(f"{name}: {str(error.__cause__ or error).splitlines()[0]}; --data TASK=PATH reads local files")
 
 def pick_device(args):
     best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -975,10 +980,17 @@ def load(path, args):
     hf_logging.disable_progress_bar()
     device = pick_device(args)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=args.dtype).to(device).eval()
-    except (OSError, ValueError) as error:
-        die(f"{path}: not a causal language model: {str(error).splitlines()[0]}")
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=args.trust_remote_code)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            path, dtype=args.dtype, output_loading_info=True, use_safetensors=True,
+            trust_remote_code=args.trust_remote_code)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        die(f"{path}: not a causal language model: {str(error).strip().splitlines()[0]}; take a folder, or "
+            "with a network a Hub name, that has config.json, .safetensors and a tokenizer; code in it: "
+            "--trust-remote-code")
+    if info["missing_keys"]:
+        die(f"{path}: lacks {', '.join(sorted(info['missing_keys'])):.200}: they would be random")
+    model = model.to(device).eval()
     if tokenizer.eos_token is None:
         die(f"{path}: the tokenizer has no EOS token, a response could not end")
     size, first = sum(p.numel() for p in model.parameters()), tokenizer("a").input_ids[0]
@@ -1008,5 +1020,16 @@ def print_table(head, rows):
     print()
 
 
+def run_safely(main, args):
+    """main(args); Ctrl-C, or what cannot be read or written, ends in a sentence."""
+    try:
+        return main(args)
+    except KeyboardInterrupt:
+        print("error: stopped; --answers goes on where it was, all else starts anew", file=sys.stderr)
+        raise SystemExit(130) from None
+    except OSError as error:
+        die(str(error))
+
+
 if __name__ == "__main__":
-    main(parse_args())
+    run_safely(main, parse_args())

@@ -40,6 +40,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torch.distributed.checkpoint.state_dict as state_dicts
+from jinja2 import TemplateError
+from safetensors import SafetensorError
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
@@ -105,6 +107,7 @@ def parse_args(argv=None):
     flag("--seed", type=number(int, 0), default=0, help="of the samples and the order of pairs")
     # the run
     flag("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto", help="auto: the first there is")
+    flag("--trust-remote-code", action="store_true", help="run code that comes with the model")
     flag("--sample-batch", type=number(int, 1), default=256, help="prompts sampled, or scored, at a time")
     flag("--out", help="folder for the results; default: the next free runs/irft-METHOD-N")
     flag("--resume", metavar="DIR", help="continue that run by its own flags; --rounds may be raised")
@@ -131,7 +134,7 @@ def sample(model, prompts, eos_ids, max_new_tokens, temperature, batch, seed):
             with autocast(model):
                 out = model(input_ids=ids, attention_mask=mask, position_ids=positions,
                             past_key_values=cache, use_cache=True, logits_to_keep=1)
-            cache, logits = out.past_key_values, out.logits[:, -1].float()      # (B, V)
+            cache, logits = out.past_key_values, no_nan(out.logits[:, -1].float())      # (B, V)
             tokens = logits.argmax(-1) if temperature == 0 else torch.multinomial(
                 (logits / temperature).softmax(-1), 1, generator=generator)[:, 0]               # (B,)
             for i, token in zip(rows, tokens.tolist()):
@@ -227,7 +230,7 @@ def train_round(model, pairs, loss, epochs, args, name, seed):
                 real, generated = real + d_real[:count].tolist(), generated + d_generated[:count].tolist()
             total, real, generated = added_up(total, real, generated)
             norm = clip_gradients(model, args.clip, shift)
-            check_step(model, name, step, total, norm, loss, shift.detach())
+            check_step(model, batch, name, step, total, norm, loss, args.scale, shift.detach())
             optimizer.step()
             optimizer.zero_grad()
             step, seconds = step + 1, seconds + time.time() - began
@@ -290,7 +293,7 @@ def fit_reward(model, pairs, preferences, args, name, seed):
                 margins += (r_real - r_generated)[:count].tolist() if source is pairs else []
         total, margins = added_up(total, margins)
         norm = clip_gradients(model, args.clip)
-        check_finite(f"{name}, reward step {step}", total, norm)
+        check_finite(f"{name}, reward step {step}", total, norm, "lower --reward-lr")
         optimizer.step()
         optimizer.zero_grad()
         seconds += time.time() - began
@@ -352,7 +355,7 @@ def improve_policy(policy, start_policy, reward_model, run, name, seed):
                 (loss * world).backward()
                 total += loss.item()
             total, norm = added_up(total)[0], clip_gradients(policy, run.clip)
-            check_finite(f"{name}, policy step {step}", total, norm)
+            check_finite(f"{name}, policy step {step}", total, norm, "lower --policy-lr")
             optimizer.step()
             optimizer.zero_grad()
         schedule.step()
@@ -368,7 +371,7 @@ def rft_round(policy, run, pairs, t, seed):
     """Algorithm 1, one round: reward learns from pairs, policy from the reward; yields metrics."""
     name, past = f"rft {t}", run.out / f"round_{t - 1}"
     reward_model, tokenizer = load_reward(past / "reward" if t > 1 else run.reward_model or run.model, run)
-    start_policy = load_model(run.model, run.device)            # frozen: the third model in memory
+    start_policy = load_model(run.model, run.device, run.trust_remote_code)    # frozen: the third model
     if run.reward_pairs == "all":
         pairs = sum((read(run.out / f"round_{k}" / "generated.jsonl") for k in range(1, t)), pairs)
     yield from fit_reward(reward_model, pairs, run.preferences, run, name, seed)
@@ -429,15 +432,17 @@ def main(args):
     run.preferences = read_preferences(args.preferences, run, args) if args.preferences else []
     evaluate(run, "base", policy)
     irft = args.method == "irft"
+    if args.reward_model and not irft:      # a mistake there should not cost the samples
+        load_reward(args.reward_model, run)
     for t in range(1, (args.chunks if irft else args.rounds) + 1):
         name, seed, folder = f"{args.method} {t}", f"{args.seed} round {t}", run.out / f"round_{t}"
         if folder.exists():                 # a resumed run has this round behind it
-            policy = load_model(folder, run.device)
+            policy = load_model(folder, run.device, run.trust_remote_code)
         else:
             demos = run.demos[t - 1::args.chunks] if irft else run.demos        # IRFT: every T-th of them
             if run.lora_rank:
                 add_lora(policy, run.lora_rank, seed)
-            pairs = keep_pairs(run, name, t, lambda: self_play(policy, run, demos, seed))
+            pairs = keep_pairs(run, name, t, demos, lambda: self_play(policy, run, demos, seed))
             if irft:
                 epochs = (args.steps_per_chunk or 0) / math.ceil(len(pairs) / args.batch) or args.epochs
                 records = train_round(policy, pairs, args.loss, epochs, args, name, seed)
@@ -491,6 +496,8 @@ def resumed(args, parser):
     saved = read(Path(args.resume) / "args.json")
     if not saved:
         parser.error(f"--resume {args.resume}: no args.json there, so it is not the folder of a run")
+    if ({*saved[0]} ^ {*vars(args)}) - {"shift", "shift_lr"}:           # no flags of irft.py
+        parser.error(f"--resume {args.resume}: a run of another script, or of another version of this one")
     own = [k for k, v in vars(args).items() if v not in (saved[0].get(k), parser.get_default(k))]
     if set(own) - {"resume", "rounds"}:
         parser.error(f"--resume goes on with the flags of that run; these are others: {', '.join(own)}")
@@ -590,7 +597,7 @@ def whole(policy, run):
     if not isinstance(policy, FSDPModule):
         return policy
     save_model(policy, run.tokenizer, run.out / "whole")
-    return load_model(run.out / "whole", run.device)
+    return load_model(run.out / "whole", run.device, run.trust_remote_code)
 
 def layers_of(model):
     return next(module for module in model.modules() if isinstance(module, torch.nn.ModuleList))
@@ -608,13 +615,28 @@ def make_optimizer(groups, lr, steps, args):
     warmup = round(args.warmup if args.warmup >= 1 else args.warmup * steps)
     return optimizer, get_scheduler(args.decay, optimizer, num_warmup_steps=warmup, num_training_steps=steps)
 
-def check_finite(where, loss, norm):
-    if not math.isfinite(loss + norm):
-        die(f"{where}: loss {loss}, gradient {norm}; finished rounds are safe, lower --lr")
+def no_nan(logits):
+    if logits.isnan().any():                # their argmax would be taken for a response
+        die("the model's logits are NaN: its weights are broken; start anew with a lower learning rate")
+    return logits
 
-def check_step(model, name, step, total, norm, loss, shift):
+def check_finite(where, loss, norm, remedy, worst=lambda: ""):
+    if not math.isfinite(loss + norm):
+        die(f"{where}: loss {loss}, gradient {norm}{worst()}; finished rounds are safe; {remedy}")
+
+@torch.no_grad()
+def worst_pair(model, batch, *how):
+    """In words, the pair with the largest log-ratios (sft: log-probs), NaN being the largest of all."""
+    ratios = [sum((d.tolist() for d in pair_losses(model, [pair], *how)[1:]), []) for pair in batch]
+    sizes = [max(math.inf if math.isnan(d) else abs(d) for d in both) for both in ratios]
+    worst = sizes.index(max(sizes))
+    lengths = [len(batch[worst][key]) for key in ("real_ids", "generated_ids") if key in batch[worst]]
+    return f"; worst pair: {batch[worst]['prompt']!r:.200}, log-ratios {ratios[worst]}, lengths {lengths}"
+
+def check_step(model, batch, name, step, total, norm, loss, scale, shift):
     """Stop before a bad step: numbers not finite, or a first loss that is not that of policy == reference."""
-    check_finite(f"{name}, step {step + 1}", total, norm)
+    check_finite(f"{name}, step {step + 1}", total, norm, "lower --lr, or --scale if log-ratios are large",
+                 lambda: worst_pair(model, batch, loss, scale, shift))
     expected = total if loss == "sft" or step else LOSSES[loss](shift, shift).item()
     if abs(total - expected) > (0.1 if model.device.type == "cuda" else 0.01) * max(1, abs(expected)):
         die(f"{name}: policy and reference disagree: first loss {total:.4f}, it should be {expected:.4f}")
@@ -632,19 +654,21 @@ def read_rows(name, split):
     if kind and not Path(name).is_file():
         die(f"{name}: no such file")
     if kind == "jsonl":
-        for n, line in enumerate(Path(name).read_text(encoding="utf-8").split("\n"), 1):
+        for n, line in enumerate(Path(name).read_bytes().split(b"\n"), 1):
             try:
                 if line.strip():
                     yield f"{name} line {n}", json.loads(line)
-            except json.JSONDecodeError as error:
-                die(f"{name} line {n}: not JSON ({error.msg}); a .jsonl file has one object on each line")
+            except ValueError as error:
+                die(f"{name} line {n}: not JSON ({getattr(error, 'msg', error)}); a .jsonl file has one "
+                    "object on each line, in UTF-8")
         return
     import datasets                         # slow, and a .jsonl file does not need it
     source = {"path": kind, "data_files": name, "split": "train"} if kind else {"path": name, "split": split}
     try:
         yield from ((f"{name} row {n}", row) for n, row in enumerate(datasets.load_dataset(**source), 1))
     except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
-        die(f"{name}, split {source['split']}: {str(error).splitlines()[0]}")
+        die(f"{name}, split {source['split']}: {str(error.__cause__ or error).splitlines()[0]}; take a local "
+            ".jsonl, .json, .csv or .parquet file, or with a network the name of a dataset on the Hub")
 
 def to_messages(place, row):
     """A row in any of FORMATS -> messages, dicts with role and content, the last one by the assistant."""
@@ -662,13 +686,16 @@ def to_messages(place, row):
     elif not isinstance(turns, list):
         turns = [{"role": "assistant", "content": turns}]
     turns = [{"role": ROLES.get(turn.get("from"), turn.get("role", turn.get("from"))),
-              "content": turn.get("value", turn.get("content"))} for turn in turns]
+              "content": turn.get("value", turn.get("content"))} if isinstance(turn, dict) else {"role": None}
+             for turn in turns]
     while turns and turns[-1]["role"] != "assistant":       # the last assistant turn is the response
         turns.pop()
     if before and len(turns) == 1:
         turns = (prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]) + turns
-    if len(turns) < 2 or not all(isinstance(t["content"], str) and t["content"].strip() for t in turns):
-        die(f"{place}: {before or after} and {after} must hold a prompt and a response, both text, not empty")
+    if len(turns) < 2 or not all(isinstance(turn, dict) and turn["role"] and isinstance(turn["content"], str)
+                                 and turn["content"].strip() for turn in turns):
+        die(f"{place}: {' and '.join(filter(None, columns[0]))} must hold a prompt and, by the assistant, a "
+            "response, both text, not empty")
     return turns
 
 def read_demos(name, rows, tokenizer, eos_ids, window, args):
@@ -676,8 +703,11 @@ def read_demos(name, rows, tokenizer, eos_ids, window, args):
     demos = []
     for place, row in rows:
         turns = to_messages(place, row)
-        prompt = tokenizer.apply_chat_template(turns[:-1], tokenize=False, add_generation_prompt=True)
-        both = tokenizer.apply_chat_template(turns, tokenize=False)
+        try:
+            prompt = tokenizer.apply_chat_template(turns[:-1], tokenize=False, add_generation_prompt=True)
+            both = tokenizer.apply_chat_template(turns, tokenize=False)
+        except TemplateError as error:
+            die(f"{place}: the chat template refuses this conversation: {error}; see --prompt-template")
         if not both.startswith(prompt) or args.prompt_template and len(turns) > 2:
             die(f"{place}: the template changes the prompt once it is answered, or lacks room for all turns")
         # One string is encoded, then cut: some tokenizers treat the start of a string in a way that the model
@@ -708,13 +738,16 @@ def start(args, label):
     device = best if args.device == "auto" else args.device
     if device not in ("cpu", best):
         die(f"--device {device}: PyTorch finds none here, the best is {best}")
-    policy, tokenizer = load_model(args.model, device), AutoTokenizer.from_pretrained(args.model)
+    policy = load_model(args.model, device, args.trust_remote_code)
+    tokenizer = load(AutoTokenizer, args.model, args.trust_remote_code)
     print(f"{args.model}: {sum(p.numel() for p in policy.parameters()):,} parameters, {device} (--device "
           f"{args.device}), fp32 weights{', bf16 autocast' if device == 'cuda' else ''}"
           f"{f', {ranks()[1]} processes' * (ranks()[1] > 1)}")
     listed = policy.generation_config.eos_token_id              # an id, a list of ids or None
     eos_ids = {tokenizer.eos_token_id, *(listed if isinstance(listed, list) else [listed])} - {None}
     if args.prompt_template:                                    # becomes, and is saved as, the chat template
+        if "{prompt}" not in args.prompt_template:
+            die(f"--prompt-template {args.prompt_template!r}: where the prompt goes it has to say {{prompt}}")
         bos = tokenizer.bos_token if tokenizer("a").input_ids[0] == tokenizer.bos_token_id else ""
         template = args.prompt_template.replace("{prompt}", "{{ messages[0].content }}")
         tokenizer.chat_template = bos + template + "{{ messages[1].content if messages[1:] }}"
@@ -724,8 +757,13 @@ def start(args, label):
     demos, dev, heldout = [
         path and read_demos(path, read_rows(path, args.split), tokenizer, eos_ids, window, args)
         for path in (args.data, args.dev, args.heldout)]
-    out = Path(args.resume or args.out or next(
-        path for n in range(1, 10 ** 6) if not (path := Path(f"runs/{label}-{n}")).exists()))
+    known = {demo["prompt"] for demo in demos}
+    for path, problems in ((args.dev, dev), (args.heldout, heldout)):
+        if both := sum(problem["prompt"] in known for problem in problems or []):
+            print(f"warning: {both} of the {len(problems)} prompts in {path} are in {args.data}, too")
+    args.out = args.resume or args.out or next(
+        path for n in range(1, 10 ** 6) if not Path(path := f"runs/{label}-{n}").exists())
+    out = Path(args.out)
     if out.exists() and any(out.iterdir()) and not args.resume:
         die(f"--out {out} is not empty; name another folder, or continue that run with --resume {out}")
     if dist.is_initialized():
@@ -738,22 +776,28 @@ def start(args, label):
         "out": out, "device": device, "tokenizer": tokenizer, "eos_ids": eos_ids, "window": window,
         "demos": demos, "dev": dev, "heldout": heldout, "records": records}), policy
 
-def load_model(path, device):
-    """A causal language model with fp32 weights."""
+def load(kind, path, trust, what="a tokenizer", **more):
+    """kind.from_pretrained(path); pickles, which can run anything, are not read."""
     try:
-        return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).to(device).eval()
-    except (OSError, ValueError) as error:
-        die(f"{path}: not a causal language model: {str(error).splitlines()[0]}")
+        return kind.from_pretrained(path, trust_remote_code=trust, **more)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        die(f"{path}: not {what}: {str(error).strip().splitlines()[0]}; take a folder, or with a network a "
+            "Hub name, that has config.json, .safetensors and a tokenizer; code in it: --trust-remote-code")
+
+def load_model(path, device, trust=False):
+    """A causal language model with fp32 weights."""
+    model, info = load(AutoModelForCausalLM, path, trust, "a causal language model", dtype=torch.float32,
+                       use_safetensors=True, output_loading_info=True)
+    if bad := [*info["missing_keys"], *(k for k, w in model.named_parameters() if not w.isfinite().all())]:
+        die(f"{path}: weights that are missing or not finite numbers: {', '.join(sorted(bad)):.200}")
+    return model.to(device).eval()
 
 def load_reward(path, run):
     """A classifier with one output, the reward, and its tokenizer; a head it lacks starts at zero."""
     hf_logging.set_verbosity_error()        # transformers would warn of the missing head
-    try:
-        model, info = AutoModelForSequenceClassification.from_pretrained(
-            path, num_labels=1, dtype=torch.float32, output_loading_info=True)
-    except (OSError, ValueError) as error:
-        die(f"--reward-model {path}: {str(error).splitlines()[0]}")
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    model, info = load(AutoModelForSequenceClassification, path, run.trust_remote_code, "a classifier",
+                       num_labels=1, dtype=torch.float32, use_safetensors=True, output_loading_info=True)
+    tokenizer = load(AutoTokenizer, path, run.trust_remote_code)
     if not run.tokenizer.get_vocab().items() <= tokenizer.get_vocab().items():
         die(f"--reward-model {path}: its tokenizer differs from that of {run.model}; both must read one text")
     if set(info["missing_keys"]) - {"score.weight"}:
@@ -830,7 +874,7 @@ def save_model(model, tokenizer, folder):
         model.save_pretrained(partial, state_dict=state)
         tokenizer.save_pretrained(partial)
         shutil.rmtree(folder, ignore_errors=True)
-        os.replace(partial, folder)
+        settle(partial, folder)
     if dist.is_initialized():
         dist.barrier()
 
@@ -841,17 +885,32 @@ def write(path, rows):
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    settle(partial, path)
+
+def settle(partial, path):
+    """Rename a file or folder that is complete, and on the disk: not even a power cut leaves half of it."""
+    for file in filter(Path.is_file, (partial, *partial.rglob("*"))):
+        with open(file, "rb+") as written:
+            os.fsync(written.fileno())
     os.replace(partial, path)
 
 def read(path):
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
-    return [json.loads(line) for line in lines]
+    """The rows that `write` wrote, if there are any; a last line that was cut off is dropped."""
+    *lines, rest = path.read_text(encoding="utf-8").split("\n") if path.exists() else [""]
+    if rest:
+        print(f"{path}: dropped its last line, which is unfinished")
+    try:
+        return [json.loads(line) for line in lines]
+    except ValueError as error:
+        die(f"{path}: line {len(lines)} or before is not JSON ({error}); delete the file")
 
-def keep_pairs(run, name, t, make):
+def keep_pairs(run, name, t, demos, make):
     """The pairs of round t from their file, which a resumed run may have; else made, and written there."""
     file, began = run.out / f"round_{t}.partial" / "generated.jsonl", time.time()
-    pairs = read(file) or make()
-    write(file, pairs)
+    pairs = read(file)
+    if len(pairs) != len(demos) * run.samples_per_prompt:
+        pairs = make()
+        write(file, pairs)
     start = f"round_{t - 1}" if t > 1 else run.model
     same = fmean(pair["real_ids"] == pair["generated_ids"] for pair in pairs)
     log(run, {"phase": name, "start": start, "negatives from": start, "reference": start,
@@ -904,7 +963,7 @@ def evaluate(run, name, policy):
 def sft_baseline(run, args, epochs):
     """SFT from the same start; its best epoch on dev, without --dev the last. At least our compute: a step
     on pairs has two responses for its one, and sampling costs about as much as a third."""
-    policy, best = load_model(args.model, run.device), -1
+    policy, best = load_model(args.model, run.device, run.trust_remote_code), -1
     for record in train_round(policy, run.demos, "sft", epochs, args, "sft", f"{args.seed} sft"):
         if record["epoch"] % 1 == 0:
             record["dev_accuracy"] = dev = run.dev and answers(run, whole(policy, run), run.dev, 0)[0]
@@ -912,7 +971,7 @@ def sft_baseline(run, args, epochs):
                 best = dev
                 save_model(policy, run.tokenizer, run.out / "sft")
         log(run, record)
-    evaluate(run, "sft", load_model(run.out / "sft", run.device))
+    evaluate(run, "sft", load_model(run.out / "sft", run.device, run.trust_remote_code))
 
 def warnings(records):
     """What these records of metrics.jsonl show of the last round that a person should know: sentences."""
@@ -945,7 +1004,18 @@ def summarize(run):
     return summary
 
 
+def run_safely(main, args):
+    """main(args); Ctrl-C, a full disk, a folder that cannot be written end in a sentence on how to go on."""
+    try:
+        return main(args)
+    except (KeyboardInterrupt, OSError, SafetensorError) as error:
+        begun = args.out and os.path.exists(f"{args.out}/args.json")
+        how = f"go on with: python {sys.argv[0]} --resume {args.out}" if begun else "nothing is written yet"
+        print(f"error: {str(error) or 'stopped'}; {how}", file=sys.stderr)
+        raise SystemExit(130 if isinstance(error, KeyboardInterrupt) else 2)
+
+
 if __name__ == "__main__":
-    main(parse_args())
+    run_safely(main, parse_args())
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -9,9 +9,11 @@ import importlib.util
 import inspect
 import json
 import math
+import os
 import random
 import re
 import shlex
+import shutil
 import sys
 import time
 from itertools import combinations
@@ -453,7 +455,8 @@ def test_our_reward_scores_as_in_training(tmp_path):
     """A reward read at another token than it was fitted at is noise. With EOS as pad too, as many have it."""
     tokenizer, args = ev.AutoTokenizer.from_pretrained(BASE), ev.parse_args(["--device", "cpu"])
     trained = argparse.Namespace(tokenizer=tokenizer, model=BASE, eos_ids={tokenizer.eos_token_id}, seed=0,
-                                 freeze_layers=0, device="cpu", max_new_tokens=256, prompt_template=None)
+                                 freeze_layers=0, trust_remote_code=False, device="cpu", max_new_tokens=256,
+                                 prompt_template=None)
     model, own = irft.load_reward(BASE, trained)
     torch.nn.init.normal_(model.score.weight, generator=torch.Generator().manual_seed(0))
     rows = list(irft.read_rows(str(ROOT / "tests/toy/heldout.jsonl"), "train"))[:8]
@@ -569,10 +572,15 @@ MUST_PASS = {
     "    assert os.getcwd() == os.path.realpath(os.environ['HOME'])\n"
     "    tempfile.TemporaryFile().write(b'x')\n" + RIGHT,
     "main guard": RIGHT + "\nif __name__ == '__main__':\n    raise ValueError\n",
-    "leaves a thread": "    import threading, time\n"
-    "    threading.Thread(target=time.sleep, args=(60,)).start()\n"
+    "spoils what it came from": "    import builtins, json, os, sys\n"
+    "    os._exit = os.write = builtins.exec = builtins.compile = None\n"
+    "    sys.modules['os'] = sys.modules['json'] = None\n"
     + RIGHT,
 }
+if os.geteuid() == 0:  # others may start no process, nor a thread
+    MUST_PASS["leaves a thread"] = (
+        "    import threading, time\n    threading.Thread(target=time.sleep, args=(60,)).start()\n" + RIGHT
+    )
 MUST_FAIL = {
     "wrong": "    return n\n",
     "empty": "",
@@ -582,7 +590,7 @@ MUST_FAIL = {
     "sys.exit(0)": "    import sys\n    sys.exit(0)\n",
     "sys.exit(0) at top level": RIGHT + "\nimport sys\nsys.exit(0)\n",
     "os._exit(0)": "    import os\n    os._exit(0)\n",
-    "own check": "    return n\n\ndef check(candidate):\n    pass\n\nexit()\n",
+    "own check, and exit": "    return n\n\ndef check(candidate):\n    pass\n\nexit()\n",
     "input()": "    input()\n" + RIGHT,
     "endless loop": "    while True:\n        pass\n",
     "endless loop that catches all": "    while True:\n        try:\n"
@@ -593,6 +601,34 @@ MUST_FAIL = {
     "large file": "    with open('x', 'wb') as file:\n        file.write(bytes(100 << 20))\n" + RIGHT,
     "segfault": "    import ctypes\n    ctypes.string_at(0)\n",
     "guesses on stdout": "    import os\n    os.write(1, b'0' * 32)\n    os._exit(0)\n",
+    "null byte": RIGHT + "\0",
+    "lone surrogate": RIGHT + "\n'\ud800'\n",
+    "own check": "    return n\n\ndef check(candidate):\n    pass\n",
+    "own check that cannot be called": "    return n\n\nclass check:\n    pass\n",
+    "own AssertionError": "    return n\n\nimport builtins, sys\n"
+    "builtins.AssertionError = type('Quiet', (SystemExit,), {})\nsys.excepthook = print\n",
+    "the answer from stdin": "    import os, sys\n    return int(os.read(0, 99) or sys.stdin.read() or n)\n",
+    "spoils modules": "    import builtins, importlib, json, os, sys\n"
+    "    os._exit = os.write = json.load = builtins.exec = lambda *a, **k: None\n"
+    "    sys.modules['os'] = importlib.import_module('json')\n"
+    "    importlib.invalidate_caches()\n    return n\n",
+    "leaves by atexit": "    import atexit, os\n    atexit.register(os._exit, 0)\n    return n\n",
+    "leaves by a thread": "    import os, threading, time\n"
+    "    threading.Thread(target=os._exit, args=(0,)).start()\n    time.sleep(9)\n",
+    "guesses on every descriptor": "    import os\n    for n in range(99):\n        try:\n"
+    "            os.write(n, b'0' * 32)\n        except OSError:\n            pass\n    os._exit(0)\n",
+    "kills itself": "    import os\n    os.kill(os.getpid(), 9)\n",
+    "kills its group": "    import os\n    os.killpg(0, 9)\n",
+    "stops itself": "    import os, signal\n    os.kill(os.getpid(), signal.SIGSTOP)\n" + RIGHT,
+    "ignores signals": "    import signal\n    for n in {*range(1, 65)} - {9, 19, 32, 33}:\n"
+    "        signal.signal(n, signal.SIG_IGN)\n    while True:\n        pass\n",
+    "endless output": "    while True:\n        print('x' * 10 ** 6)\n",
+    "memory in parts": "    x = []\n    while True:\n        x.append(bytes(10 ** 8))\n",
+    "deep recursion": "    return double(n)\n",
+    "deep recursion without a limit": "    import sys\n"
+    "    sys.setrecursionlimit(10 ** 9)\n    return double(n)\n",
+    "a process that gets away": "    import os, time\n    if os.fork() == 0:\n        os.setsid()\n"
+    "        time.sleep(3)\n        os._exit(0)\n" + RIGHT,
     "appends to the caller's lists": "    import os, sys\n    frame = sys._getframe()\n    while frame:\n"
     "        for value in list(frame.f_locals.values()):\n"
     "            if isinstance(value, list):\n                value.append('passed')\n"
@@ -609,6 +645,22 @@ def test_programs_that_must_pass(name):
 def test_programs_that_must_fail(name):
     """Each would otherwise be a right answer, a hang, or damage."""
     assert not ev.passes(PROMPT + MUST_FAIL[name] + TEST, seconds=1)
+
+
+BOMBS = {
+    "processes": "    import os\n    while True:\n        os.fork()\n",
+    "threads": "    import threading, time\n    while True:\n"
+    "        threading.Thread(target=time.sleep, args=(9,)).start()\n",
+}
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may start processes without limit")
+@pytest.mark.parametrize("name", BOMBS)
+def test_bombs(name):
+    """Without the limit these would take the machine down; with it, the first one to be started fails."""
+    began = time.time()
+    assert not ev.passes(PROMPT + BOMBS[name] + TEST, seconds=1)
+    assert time.time() - began < 3
 
 
 def test_programs_see_no_secrets_and_leave_nothing(tmp_path, monkeypatch):
@@ -766,6 +818,55 @@ def test_bad_flags(flags, says, capsys):
     fails(capsys, flags, "error: ", *says)
 
 
+HELLO = "\n\nHuman: Hi\n\nAssistant: Hello"
+BROKEN = {  # what is done to a model's folder -> what the sentence says
+    "a pickle": (lambda path: (path / "model.safetensors").rename(path / "pytorch_model.bin"), "safetensors"),
+    "half a file": (lambda path: os.truncate(path / "model.safetensors", 9999), "not a"),
+    "no model": (lambda path: (path / "config.json").unlink(), "not a"),
+    "own code": (lambda path: (path / "config.json").write_text(
+        '{"model_type": "own", "auto_map": {"AutoConfig": "code.C"}}'), "custom code"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_models_that_cannot_be_read(name, tmp_path, capsys):
+    """Pickles and a model's own code may do anything; neither is read unless it is asked for."""
+    shutil.copytree(BASE, tmp_path / "model")
+    spoil, says = BROKEN[name]
+    spoil(tmp_path / "model")
+    fails(capsys, f"--model {tmp_path}/model --limit 1", says, "--trust-remote-code")
+    flags = f"--tasks reward --data reward={write_jsonl(tmp_path / 'x.jsonl', [{'chosen': HELLO}])} --limit 1"
+    fails(capsys, f"{flags} --reward-model {tmp_path}/model", says)
+
+
+@pytest.mark.parametrize("out", ["", "/file.jsonl/x.json", "/file.jsonl/x/y.json"])
+def test_where_nothing_can_be_written(out, tmp_path, capsys):
+    """Said at once, not when all answers are there and would be lost."""
+    write_jsonl(tmp_path / "file.jsonl", [GSM_ROW])
+    with pytest.raises(SystemExit) as stop:
+        ev.run_safely(ev.main, ev.parse_args(f"--limit 1 --out {tmp_path}{out}".split()))
+    said = capsys.readouterr()
+    assert stop.value.code == 2 and said.err.startswith("error: ") and str(tmp_path) in said.err
+    assert "parameters" not in said.out  # before a model was loaded
+
+
+def test_a_file_of_something_else_is_not_taken_for_answers(tmp_path, capsys):
+    """--answers goes on where a file ends; the demonstrations, named by mistake, would be overwritten."""
+    other = write_jsonl(tmp_path / "demos.jsonl", [GSM_ROW])
+    before, questions = other.read_bytes(), write_jsonl(tmp_path / "q.jsonl", QUESTIONS[:1])
+    fails(capsys, f"--tasks mt_bench --data mt_bench={questions} --answers {other}", "demos.jsonl line 1")
+    assert other.read_bytes() == before
+
+
+def test_ctrl_c_is_one_sentence(capsys):
+    """A traceback for wanting to stop teaches nobody anything."""
+    def stopped(args):
+        raise KeyboardInterrupt
+    with pytest.raises(SystemExit) as stop:
+        ev.run_safely(stopped, None)
+    assert stop.value.code == 130 and capsys.readouterr().err.startswith("error: stopped")
+
+
 def test_too_few_rows_for_the_examples(tmp_path, capsys):
     for split, n in (("train", 3), ("test", 2)):
         write_jsonl(tmp_path / f"{split}.jsonl", [GSM_ROW] * n)
@@ -836,7 +937,7 @@ def test_readme_commands_parse():
 def test_the_shape_of_the_script():
     """Readable in one screen's width; as long as README's limits say, it is not to grow unnoticed."""
     lines = (ROOT / "eval.py").read_text(encoding="utf-8").splitlines()
-    assert max(map(len, lines)) <= 110 and len(lines) <= 1012
+    assert max(map(len, lines)) <= 110 and len(lines) <= 1035
 
 
 @pytest.mark.parametrize("name", ["die", "number", "chunks", "final_answer"])

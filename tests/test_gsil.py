@@ -372,10 +372,15 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(capsys):
     """A step with a NaN gradient would destroy the weights without a word."""
     model = tiny_model()
     pairs, before = made_pairs(model), copy.deepcopy(model.state_dict())
-    pairs[0]["real_reference"] = math.nan
+    for n, pair in enumerate(pairs):
+        pair["prompt"] = f"prompt {n}"
+    pairs[2]["real_reference"] = math.nan
     with pytest.raises(SystemExit) as stop:
         list(gsil.train_round(model, pairs, "logistic", 1, args_for(), "round 1", "0 round 1"))
-    assert stop.value.code == 2 and "loss nan" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    lengths = [len(pairs[2]["real_ids"]), len(pairs[2]["generated_ids"])]
+    assert stop.value.code == 2 and "loss nan" in error and "lower --lr" in error
+    assert "'prompt 2', log-ratios [nan" in error and f"lengths {lengths}" in error
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 
 
