@@ -112,7 +112,8 @@ def bench_train(args):
         for name in turns[side][0]:
             values = [turn[name] for turn in turns[side]]
             ratios = [value / turn[name] for value, turn in zip(values, ours)]
-            print(f"{side:9} {name:36} {spread(values)}" + f"   ratio {spread(ratios)}" * (ratios != []))
+            ratio = f"   ratio {spread(ratios)}" if ratios else ""
+            print(f"{side:9} {name:36} {spread(values)}{ratio}", flush=True)
 
 
 def spread(values):
