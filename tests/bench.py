@@ -1,18 +1,19 @@
 """Speed and memory beside the references, both in one run on one machine, in turns; medians.
 
-    python tests/bench.py --train --data DIR                # DIR: GSM8K's train.jsonl; pip install trl accelerate
+    python tests/bench.py --train --data DIR                # DIR: GSM8K's train.jsonl; needs trl, accelerate
     python tests/bench.py --eval --model M --data DIR       # DIR: GSM8K's train.jsonl and test.jsonl
     python tests/bench.py --eval --model M --task arc_challenge --shots 25
 
---train: a Llama of 7M parameters with random weights, GSM8K's text, each side in a process and a thread of its own:
-    ours        gsil.score, then gsil.train_round, one epoch of --steps steps
-    trl         TRL's DPOTrainer on the same pairs: reference computed beforehand, sorted by length
-    plain       a loop with a second model as reference, padded to the longest, as in the official GSIL code
-    sample      gsil.sample; generate: transformers' generate in order of arrival, batches of the same size
-    growth      our step with more pairs, longer texts, more parameters
-All have the same loss (spin, which is DPO's), AdamW, lr and clipping; a step includes its share of reference
-scoring. Memory is the peak above what was in use before, gradients and optimizer included. Ratios are theirs
-by ours, turn by turn: above 1 ours is better. Other programs disturb CPU seconds less than seconds.
+--train: a Llama of 7M parameters, random weights, GSM8K's text; each side in its own process, one thread:
+    ours        gsil.score, then gsil.train_round, for one epoch of --steps steps
+    trl         TRL's DPOTrainer, same pairs, sorted by length, reference computed beforehand
+    plain       a loop with a second model as reference, all pairs of a step padded to the longest at once,
+                as in the official GSIL code
+    sample      gsil.sample; generate: transformers' generate, in order of arrival, batches of the same size
+    growth      our step with more pairs, longer texts, more parameters; not repeated
+All train with the same loss (spin, which is DPO's), AdamW, lr and clipping; a step includes its share of
+reference scoring. Memory is the peak above what was in use before: gradients and optimizer are in it. Ratios
+are theirs by ours, turn by turn: above 1 ours is better. CPU seconds suffer less from other programs.
 
 --eval: seconds that eval.py and lm_eval 0.4.13 (which has to be installed) take for the same prompts, from
 text to text or to log-likelihoods, without loading; and how many responses differ, or by how much
@@ -61,9 +62,9 @@ def main():
     flag("--repeats", type=int, default=3)
     # of --train
     flag("--sides", nargs="+", choices=SIDES, default=list(SIDES))
-    flag("--steps", type=int, default=4, help="in each turn of each side")
-    flag("--micro-batch", type=int, default=2, help="ours: pairs per forward pass")
-    flag("--trl-micro-batch", type=int, default=2, help="the same for TRL")
+    flag("--steps", type=int, default=2, help="in each turn of each side")
+    flag("--micro-batch", type=int, default=1, help="ours: pairs per forward pass")
+    flag("--trl-micro-batch", type=int, default=1, help="the same for TRL")
     flag("--sample-batch", type=int, default=32, help="prompts sampled at a time")
     flag("--worker", help=argparse.SUPPRESS)                    # the folder, in the process of one side
     # of --eval
@@ -103,9 +104,10 @@ def bench_train(args):
     turns = {side: [] for side in args.sides}
     with tempfile.TemporaryDirectory() as folder:
         make_inputs(args, Path(folder))
-        for _ in range(args.repeats):
+        for turn in range(args.repeats):
             for side in args.sides:
-                turns[side].append(run_side(side, folder))
+                if side != "growth" or turn == 0:
+                    turns[side].append(run_side(side, folder))
     for side in args.sides:
         ours = turns.get({"trl": "ours", "plain": "ours", "generate": "sample"}.get(side), [])
         print()
@@ -113,11 +115,11 @@ def bench_train(args):
             values = [turn[name] for turn in turns[side]]
             ratios = [value / turn[name] for value, turn in zip(values, ours)]
             ratio = f"   ratio {spread(ratios)}" if ratios else ""
-            print(f"{side:9} {name:36} {spread(values)}{ratio}", flush=True)
+            print(f"{side:9} {name:30} {spread(values)}{ratio}", flush=True)
 
 
 def spread(values):
-    return f"{median(values):8.2f} ({min(values):.2f} - {max(values):.2f})"
+    return f"{median(values):8.2f} {f'({min(values):.2f} - {max(values):.2f})':20}"
 
 
 def run_side(side, folder):
@@ -145,6 +147,7 @@ def make_inputs(args, folder):
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**SHAPE))
+    gsil.hf_logging.disable_progress_bar()
     model.save_pretrained(folder)
     drawn = random.Random(0).sample(rows, 2 * args.batch_size * args.steps)
     pairs = [{"prompt": f"Question: {real['question']}\nAnswer:", "chosen": " " + real["answer"],
@@ -157,7 +160,7 @@ def make_inputs(args, folder):
     gsil.write(folder / "pairs.jsonl", pairs)
     lengths = [len(prompt + response) for prompt, response in both(pairs)]
     names = [name for name in ("torch", "transformers", "trl") if find_spec(name)]
-    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, {args.steps} steps of "
+    print(f"{model.num_parameters() / 1e6:.1f}M parameters, {args.steps} steps of "
           f"{args.batch_size} pairs, texts of {min(lengths)} - {max(lengths)} tokens, mean {fmean(lengths):.0f}; "
           f"one thread; {', '.join(f'{name} {version(name)}' for name in names)}", flush=True)
 
@@ -196,7 +199,7 @@ class Meter:
 def figures(before, reference, training, steps):
     return {"seconds a step": (reference.wall + training.wall) / steps,
             "CPU seconds a step": (reference.cpu + training.cpu) / steps,
-            "CPU seconds of these for reference": reference.cpu / steps,
+            "  of these, reference": reference.cpu / steps,
             "peak MB": memory("VmHWM") - before}
 
 
@@ -298,29 +301,30 @@ def load_to_sample(folder):
     return model, [pair["prompt_ids"] for pair in pairs]
 
 
-def sampling_figures(before, meter, lengths):
+def sampling(args, folder, draw):
+    """draw(model, prompts) -> responses, of every prompt twice."""
+    model, prompts = load_to_sample(folder)
+    before, meter = memory("VmRSS"), Meter()
+    torch.manual_seed(time.time_ns())
+    with meter:
+        lengths = list(map(len, draw(model, prompts * 2)))
     return {"ms a token": 1000 * meter.wall / sum(lengths), "CPU ms a token": 1000 * meter.cpu / sum(lengths),
-            "peak MB": memory("VmHWM") - before, "tokens a response (not a ratio)": fmean(lengths)}
+            "peak MB": memory("VmHWM") - before, "tokens a response": fmean(lengths)}
 
 
 def sample_ours(args, folder):
-    model, prompts = load_to_sample(folder)
-    before, meter = memory("VmRSS"), Meter()
-    with meter:
-        responses = gsil.sample(model, prompts, {0}, args.max_new_tokens, 1.0, args.sample_batch, "bench")
-    return sampling_figures(before, meter, list(map(len, responses)))
+    return sampling(args, folder, lambda model, prompts: gsil.sample(
+        model, prompts, {0}, args.max_new_tokens, 1.0, args.sample_batch, str(time.time_ns())))
 
 
 def sample_generate(args, folder):
-    model, prompts = load_to_sample(folder)
-    before, meter, lengths = memory("VmRSS"), Meter(), []
-    for part in gsil.chunks(prompts, args.sample_batch):
-        with meter:
+    def draw(model, prompts):
+        for part in gsil.chunks(prompts, args.sample_batch):
             ids, mask = gsil.collate([([], prompt) for prompt in part], "cpu", "left")
             out = model.generate(input_ids=ids, attention_mask=mask, do_sample=True, temperature=1.0, top_k=0,
-                                 top_p=1.0, max_new_tokens=args.max_new_tokens)[:, ids.shape[1]:]
-        lengths += ((out == 0).cumsum(1) <= (out == 0)).sum(1).tolist()         # up to the first EOS
-    return sampling_figures(before, meter, lengths)
+                                 top_p=1.0, max_new_tokens=args.max_new_tokens)[:, ids.shape[1]:].tolist()
+            yield from (row[:row.index(0) + 1] if 0 in row else row for row in out)         # 0: EOS and pad
+    return sampling(args, folder, draw)
 
 
 def growth(args, folder):
@@ -333,7 +337,7 @@ def growth(args, folder):
                         for side in ("real", "generated")} | {"prompt_ids": pair["prompt_ids"][:64]}
                 for pair in pairs[:count]]
         changed = argparse.Namespace(**vars(args) | {"batch_size": count})
-        name = f"{count} pairs, {length} tokens, {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M"
+        name = f"{count} pairs, {length} tokens, {model.num_parameters() / 1e6:.1f}M"
         seconds[name] = our_epoch(model, made, changed)["CPU seconds a step"]
     return seconds
 
