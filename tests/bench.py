@@ -113,7 +113,7 @@ def bench_train(args):
         print()
         for name in turns[side][0]:
             values = [turn[name] for turn in turns[side]]
-            ratios = [value / turn[name] for value, turn in zip(values, ours)]
+            ratios = [value / turn[name] for value, turn in zip(values, ours) if "tokens" not in name]
             ratio = f"   ratio {spread(ratios)}" if ratios else ""
             print(f"{side:9} {name:30} {spread(values)}{ratio}", flush=True)
 
@@ -158,11 +158,11 @@ def make_inputs(args, folder):
             ids = tokenizer(pair["prompt"] + text).input_ids
             pair[f"{side}_ids"] = ids[len(pair["prompt_ids"]):] + [tokenizer.eos_token_id]
     gsil.write(folder / "pairs.jsonl", pairs)
-    lengths = [len(prompt + response) for prompt, response in both(pairs)]
+    lengths = [len(prompt + ids) for prompt, ids in both(pairs)]
     names = [name for name in ("torch", "transformers", "trl") if find_spec(name)]
     print(f"{model.num_parameters() / 1e6:.1f}M parameters, {args.steps} steps of "
-          f"{args.batch_size} pairs, texts of {min(lengths)} - {max(lengths)} tokens, mean {fmean(lengths):.0f}; "
-          f"one thread; {', '.join(f'{name} {version(name)}' for name in names)}", flush=True)
+          f"{args.batch_size} pairs, texts of {min(lengths)} - {max(lengths)} tokens, "
+          f"mean {fmean(lengths):.0f}; one thread; {', '.join(f'{name} {version(name)}' for name in names)}", flush=True)
 
 
 # ---- gsil.py: the sides; each returns its figures ----------------------------------------------------------
@@ -186,7 +186,7 @@ def load(folder):
 
 
 class Meter:
-    """Seconds, of the clock and of the CPU, spent inside: meter = Meter(), then with meter: as often as wanted."""
+    """Seconds, of the clock and of the CPU, spent inside: meter = Meter(), then `with meter:`, also again."""
     wall = cpu = 0.0
 
     def __enter__(self):
@@ -224,8 +224,7 @@ def our_epoch(model, pairs, args):
 def train_trl(args, folder):
     from transformers import TrainerCallback
     from trl import DPOConfig, DPOTrainer
-    (model, pairs), tokenizer = load(folder), AutoTokenizer.from_pretrained(folder)
-    reference, training = Meter(), Meter()
+    (model, pairs), reference, training = load(folder), Meter(), Meter()
 
     class Timed(DPOTrainer):
         def _precompute_ref_logps(self, *rest):
@@ -244,18 +243,18 @@ def train_trl(args, folder):
             training.__exit__()
 
     # All pairs in order of length: as group_by_length would put them together in a much larger data set.
-    pairs.sort(key=lambda pair: len(pair["prompt_ids"]) + max(len(pair["real_ids"]), len(pair["generated_ids"])))
+    pairs.sort(key=lambda pair: len(pair["prompt_ids"] + max(pair["real_ids"], pair["generated_ids"], key=len)))
+    rows = [{key: pair[key] for key in ("prompt", "chosen", "rejected")} for pair in pairs]
+    micro = args.trl_micro_batch
     trainer = Timed(
-        model, processing_class=tokenizer, callbacks=[Clock()],
-        train_dataset=datasets.Dataset.from_list([{key: pair[key] for key in ("prompt", "chosen", "rejected")}
-                                                  for pair in pairs]),
-        args=DPOConfig(
-            str(folder / "trl"), per_device_train_batch_size=args.trl_micro_batch, beta=SCALE, learning_rate=LR,
-            gradient_accumulation_steps=args.batch_size // args.trl_micro_batch, precompute_ref_log_probs=True,
-            precompute_ref_batch_size=args.trl_micro_batch, train_sampling_strategy="sequential",
-            gradient_checkpointing=False, bf16=False, use_cpu=True, num_train_epochs=1, max_length=None,
-            lr_scheduler_type="constant", weight_decay=0.0, max_grad_norm=1.0, logging_strategy="no",
-            save_strategy="no", report_to="none", disable_tqdm=True, dataloader_pin_memory=False))
+        model, processing_class=AutoTokenizer.from_pretrained(folder), callbacks=[Clock()],
+        train_dataset=datasets.Dataset.from_list(rows), args=DPOConfig(
+            str(folder / "trl"), beta=SCALE, learning_rate=LR, lr_scheduler_type="constant", weight_decay=0.0,
+            max_grad_norm=1.0, num_train_epochs=1, max_length=None, per_device_train_batch_size=micro,
+            gradient_accumulation_steps=args.batch_size // micro, train_sampling_strategy="sequential",
+            precompute_ref_log_probs=True, precompute_ref_batch_size=micro, gradient_checkpointing=False,
+            bf16=False, use_cpu=True, dataloader_pin_memory=False, logging_strategy="no", save_strategy="no",
+            report_to="none", disable_tqdm=True))
     trainer.train()
     assert trainer.state.global_step == len(pairs) // args.batch_size
     theirs = [row["ref_chosen_logps"] for row in trainer.train_dataset]
@@ -291,23 +290,20 @@ def padded_logps(model, pairs):
     return (logps * mask[:, 1:]).sum(-1)
 
 
-def load_to_sample(folder):
-    """The policy with a bias on EOS: responses of 100 tokens on average, as GSM8K's, at temperature 1."""
+def sampling(args, folder, draw):
+    """draw(model, prompts) -> responses, of every prompt twice.
+
+    A bias on EOS makes the model's responses as long as GSM8K's on average, 100 tokens, but less evenly so.
+    """
     model, pairs = load(folder)
     head = torch.nn.Linear(SHAPE["hidden_size"], SHAPE["vocab_size"])
     head.weight = model.lm_head.weight
     head.bias.data.zero_()[0] = math.log(SHAPE["vocab_size"] / 100)
-    model.lm_head = head
-    return model, [pair["prompt_ids"] for pair in pairs]
-
-
-def sampling(args, folder, draw):
-    """draw(model, prompts) -> responses, of every prompt twice."""
-    model, prompts = load_to_sample(folder)
+    model.lm_head, prompts = head, [pair["prompt_ids"] for pair in pairs] * 2
     before, meter = memory("VmRSS"), Meter()
     torch.manual_seed(time.time_ns())
     with meter:
-        lengths = list(map(len, draw(model, prompts * 2)))
+        lengths = list(map(len, draw(model, prompts)))
     return {"ms a token": 1000 * meter.wall / sum(lengths), "CPU ms a token": 1000 * meter.cpu / sum(lengths),
             "peak MB": memory("VmHWM") - before, "tokens a response": fmean(lengths)}
 
@@ -328,11 +324,12 @@ def sample_generate(args, folder):
 
 
 def growth(args, folder):
-    """CPU seconds of our step with one thing changed: 8 pairs of texts of 256 tokens, 256 dimensions."""
+    """CPU seconds of our step, of 8 pairs of texts of 256 tokens, and with one thing changed."""
     pairs, seconds = gsil.read(folder / "pairs.jsonl"), {}
     for count, length, width in ((8, 256, 256), (4, 256, 256), (16, 256, 256), (8, 128, 256), (8, 512, 256),
                                  (8, 256, 128), (8, 256, 384)):
-        model = LlamaForCausalLM(LlamaConfig(**SHAPE | {"hidden_size": width, "intermediate_size": width * 8 // 3}))
+        shape = SHAPE | {"hidden_size": width, "intermediate_size": width * 8 // 3}
+        model = LlamaForCausalLM(LlamaConfig(**shape))
         made = [pair | {f"{side}_ids": (pair[f"{side}_ids"] * 99)[:length - len(pair["prompt_ids"][:64])]
                         for side in ("real", "generated")} | {"prompt_ids": pair["prompt_ids"][:64]}
                 for pair in pairs[:count]]
