@@ -104,9 +104,9 @@ def bench_train(args):
     turns = {side: [] for side in args.sides}
     with tempfile.TemporaryDirectory() as folder:
         make_inputs(args, Path(folder))
-        for turn in range(args.repeats):
+        for n in range(args.repeats):
             for side in args.sides:
-                if side != "growth" or turn == 0:
+                if side != "growth" or n == 0:
                     turns[side].append(run_side(side, folder))
     for side in args.sides:
         ours = turns.get({"trl": "ours", "plain": "ours", "generate": "sample"}.get(side), [])
@@ -159,10 +159,10 @@ def make_inputs(args, folder):
             pair[f"{side}_ids"] = ids[len(pair["prompt_ids"]):] + [tokenizer.eos_token_id]
     gsil.write(folder / "pairs.jsonl", pairs)
     lengths = [len(prompt + ids) for prompt, ids in both(pairs)]
-    names = [name for name in ("torch", "transformers", "trl") if find_spec(name)]
+    names = [f"{name} {version(name)}" for name in ("torch", "transformers", "trl") if find_spec(name)]
     print(f"{model.num_parameters() / 1e6:.1f}M parameters, {args.steps} steps of "
           f"{args.batch_size} pairs, texts of {min(lengths)} - {max(lengths)} tokens, "
-          f"mean {fmean(lengths):.0f}; one thread; {', '.join(f'{name} {version(name)}' for name in names)}", flush=True)
+          f"mean {fmean(lengths):.0f}; one thread; {', '.join(names)}", flush=True)
 
 
 # ---- gsil.py: the sides; each returns its figures ----------------------------------------------------------
@@ -243,7 +243,7 @@ def train_trl(args, folder):
             training.__exit__()
 
     # All pairs in order of length: as group_by_length would put them together in a much larger data set.
-    pairs.sort(key=lambda pair: len(pair["prompt_ids"] + max(pair["real_ids"], pair["generated_ids"], key=len)))
+    pairs.sort(key=lambda pair: max(len(prompt + response) for prompt, response in both([pair])))
     rows = [{key: pair[key] for key in ("prompt", "chosen", "rejected")} for pair in pairs]
     micro = args.trl_micro_batch
     trainer = Timed(
