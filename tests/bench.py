@@ -130,8 +130,7 @@ def run_side(side, folder):
 
 
 SHAPE = {"vocab_size": 8192, "hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 6,
-         "num_attention_heads": 4, "tie_word_embeddings": True,
-         "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+         "num_attention_heads": 4, "tie_word_embeddings": True, "eos_token_id": 0, "pad_token_id": 0}
 SCALE, LR = 0.1, 1e-4
 
 
@@ -203,11 +202,7 @@ def figures(before, reference, training, steps):
             "peak MB": memory("VmHWM") - before}
 
 
-def train_ours(args, folder):
-    return our_epoch(*load(folder), args)
-
-
-def our_epoch(model, pairs, args):
+def train_ours(model, pairs, args):
     run = gsil.parse_args(f"--loss spin --scale {SCALE} --lr {LR} --decay constant_with_warmup --batch "
                           f"{args.batch_size} --micro-batch {args.micro_batch}".split())
     reference, training, before = Meter(), Meter(), memory("VmRSS")
@@ -335,12 +330,12 @@ def growth(args, folder):
                 for pair in pairs[:count]]
         changed = argparse.Namespace(**vars(args) | {"batch_size": count})
         name = f"{count} pairs, {length} tokens, {model.num_parameters() / 1e6:.1f}M"
-        seconds[name] = our_epoch(model, made, changed)["CPU seconds a step"]
+        seconds[name] = train_ours(model, made, changed)["CPU seconds a step"]
     return seconds
 
 
-SIDES = {"ours": train_ours, "trl": train_trl, "plain": train_plain, "sample": sample_ours,
-         "generate": sample_generate, "growth": growth}
+SIDES = {"ours": lambda args, folder: train_ours(*load(folder), args), "trl": train_trl, "plain": train_plain,
+         "sample": sample_ours, "generate": sample_generate, "growth": growth}
 
 
 # ---- eval.py -----------------------------------------------------------------------------------------------
