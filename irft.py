@@ -189,7 +189,7 @@ def self_play(policy, run, demos, seed):
     for pair, ids in zip(pairs, responses):                                 # y- ~ pi_t(.|x)
         pair |= {"generated": run.tokenizer.decode(ids), "generated_ids": ids}
     for side in ("real", "generated"):      # the reference: once, by the policy itself, without gradient
-        for pair, logp in zip(pairs, score(response_logps, policy, texts(pairs, side), run.sample_batch)):
+        for pair, logp in zip(pairs, score(response_logps, policy, texts(pairs, side), score_batch(run))):
             pair[f"{side}_reference"] = logp
     return pairs
 
@@ -327,7 +327,7 @@ def policy_losses(logps, old_logps, advantages, clip):
 def judge(policy, start_policy, reward_model, both, run):
     """r, log pi/pi_ref, r - kl log pi/pi_ref and log pi of responses: (B,) each, on the CPU, no gradient."""
     models = (reward, reward_model), (response_logps, policy), (response_logps, start_policy)
-    r, logps, start_logps = (torch.tensor(score(*model, both, run.sample_batch)) for model in models)
+    r, logps, start_logps = (torch.tensor(score(*model, both, score_batch(run))) for model in models)
     return r, logps - start_logps, r - run.kl * (logps - start_logps), logps
 
 
@@ -527,6 +527,10 @@ def score(measure, model, both, batch):
     """measure(model, [(prompt ids, response ids)]) in batches of similar length: floats, same order."""
     return shared_out(both, lambda share, _: score_share(measure, model, share, batch))
 
+def score_batch(args):
+    """Responses to score at a time: as many as are in memory in training."""
+    return 2 * args.micro_batch if args.micro_batch else args.sample_batch
+
 @torch.no_grad()
 def score_share(measure, model, both, batch):
     values, order = [0.0] * len(both), sorted(range(len(both)), key=lambda i: len(both[i][0] + both[i][1]))
@@ -559,7 +563,8 @@ def micro_batches(batch, args):
     """This rank's share of a batch in parts: [(pairs, how many of them count)]; as many on every rank."""
     rank, world = ranks()
     if args.micro_batch or world > 1:       # similar lengths together: less padding, equal work
-        batch = sorted(batch, key=lambda pair: len(pair["prompt_ids"]) + len(pair["real_ids"]))
+        batch = sorted(batch, key=lambda pair: len(pair["prompt_ids"]) + max(
+            len(pair["real_ids"]), len(pair.get("generated_ids", ()))))
     share = batch[rank::world]
     excess = math.ceil(len(batch) / world) - len(share)         # 1 where the last round of cards went short
     parts = chunks(share + batch[:1] * excess, args.micro_batch or args.batch)
@@ -597,7 +602,11 @@ def whole(policy, run):
     if not isinstance(policy, FSDPModule):
         return policy
     save_model(policy, run.tokenizer, run.out / "whole")
-    return load_model(run.out / "whole", run.device, run.trust_remote_code)
+    policy = load_model(run.out / "whole", run.device, run.trust_remote_code)
+    dist.barrier()                          # all have read it
+    if ranks()[0] == 0:
+        shutil.rmtree(run.out / "whole")
+    return policy
 
 def layers_of(model):
     return next(module for module in model.modules() if isinstance(module, torch.nn.ModuleList))
@@ -843,7 +852,7 @@ def report(policy, start_policy, reward_model, run, name, seed):
     responses = shared_out(prompts, lambda share, rank: sample(
         policy, share, run.eos_ids, run.max_new_tokens, 1.0, run.sample_batch, seed + rank))
     r, kl, objective, _ = judge(policy, start_policy, reward_model, list(zip(prompts, responses)), run)
-    margins = torch.tensor(score(reward, reward_model, texts(problems, "real"), run.sample_batch)) - r
+    margins = torch.tensor(score(reward, reward_model, texts(problems, "real"), score_batch(run))) - r
     return {"phase": name, "dev_margin": margins.mean().item(), "dev_reward_accuracy":
             (margins > 0).float().mean().item(), "objective": objective.mean().item(),
             **measures(r, kl, responses, run)}
@@ -951,7 +960,7 @@ def evaluate(run, name, policy):
     if run.heldout:
         sampled, ids = answers(run, policy, problems, 1)
         tokens = sum(len(problem["real_ids"]) for problem in problems)
-        nll = -sum(score(response_logps, policy, texts(problems, "real"), run.sample_batch)) / tokens
+        nll = -sum(score(response_logps, policy, texts(problems, "real"), score_batch(run))) / tokens
         row |= zip(COLUMNS, [greedy, sampled, len(ids), nll, fmean(map(len, ids)),
                              fmean(response[-1] in run.eos_ids for response in ids)])
     row["seconds"] = sum(record.get("seconds", 0) for record in run.records if record["phase"] == name)
