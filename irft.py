@@ -429,11 +429,11 @@ def merge_lora(model):
 def main(args):
     """Base, rounds, SFT baseline; returns what summary.json holds: the table's rows, the best round."""
     run, policy = start(args, f"irft-{args.method}")
+    if args.reward_model and args.method == "rft":      # a mistake there should not cost the samples
+        load_reward(args.reward_model, run)
     run.preferences = read_preferences(args.preferences, run, args) if args.preferences else []
     evaluate(run, "base", policy)
     irft = args.method == "irft"
-    if args.reward_model and not irft:      # a mistake there should not cost the samples
-        load_reward(args.reward_model, run)
     for t in range(1, (args.chunks if irft else args.rounds) + 1):
         name, seed, folder = f"{args.method} {t}", f"{args.seed} round {t}", run.out / f"round_{t}"
         if folder.exists():                 # a resumed run has this round behind it
