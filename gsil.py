@@ -243,6 +243,7 @@ def train_round(model, pairs, loss, epochs, args, name, seed):
 def main(args):
     """Base, rounds, SFT baseline; returns what summary.json holds: the table's rows, the best round."""
     run, policy = start(args, f"gsil-{args.loss}")
+    write(run.out / "args.json", [vars(args)])          # nothing is written before all input has been read
     evaluate(run, "base", policy)
     for t in range(1, args.rounds + 1):
         name, seed, folder = f"round {t}", f"{args.seed} round {t}", run.out / f"round_{t}"
@@ -578,7 +579,6 @@ def start(args, label):
     # A resumed run forgets what an interrupted phase has logged: it happens again. So does the SFT baseline.
     records = [record for record in read(out / "metrics.jsonl") if record["phase"] == "base"
                or (out / f"round_{record['phase'].split()[-1]}").exists()]
-    write(out / "args.json", [vars(args)])
     return argparse.Namespace(**vars(args) | {
         "out": out, "device": device, "tokenizer": tokenizer, "eos_ids": eos_ids, "window": window,
         "demos": demos, "dev": dev, "heldout": heldout, "records": records}), policy

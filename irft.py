@@ -432,6 +432,7 @@ def main(args):
     if args.reward_model and args.method == "rft":      # a mistake there should not cost the samples
         load_reward(args.reward_model, run)
     run.preferences = read_preferences(args.preferences, run, args) if args.preferences else []
+    write(run.out / "args.json", [vars(args)])          # nothing is written before all input has been read
     evaluate(run, "base", policy)
     irft = args.method == "irft"
     for t in range(1, (args.chunks if irft else args.rounds) + 1):
@@ -780,7 +781,6 @@ def start(args, label):
     # A resumed run forgets what an interrupted phase has logged: it happens again. So does the SFT baseline.
     records = [record for record in read(out / "metrics.jsonl") if record["phase"] == "base"
                or (out / f"round_{record['phase'].split()[-1]}").exists()]
-    write(out / "args.json", [vars(args)])
     return argparse.Namespace(**vars(args) | {
         "out": out, "device": device, "tokenizer": tokenizer, "eos_ids": eos_ids, "window": window,
         "demos": demos, "dev": dev, "heldout": heldout, "records": records}), policy

@@ -422,7 +422,7 @@ def test_heldout_problems_among_the_demonstrations_are_counted(tmp_path, inputs,
 
 
 def test_a_reward_with_another_tokenizer_costs_no_samples(tmp_path, inputs, capsys):
-    """It is loaded when a round has been sampled; a wrong name should not be found out then."""
+    """It is needed when a round has been sampled; a wrong name should not be found out then, nor block --out."""
     save(tmp_path / "reward", tiny_model(), byte_tokenizer(merges=[("a", "b")]))
     vocabulary = json.loads((tmp_path / "reward" / "tokenizer.json").read_text())
     vocabulary["model"]["vocab"]["z"], vocabulary["model"]["vocab"]["y"] = (
@@ -432,7 +432,7 @@ def test_a_reward_with_another_tokenizer_costs_no_samples(tmp_path, inputs, caps
     with pytest.raises(SystemExit) as stop:
         run(irft, f"{inputs} --reward-model {tmp_path}/reward --out {tmp_path}/out")
     assert stop.value.code == 2 and "its tokenizer differs" in capsys.readouterr().err
-    assert not (tmp_path / "out" / "metrics.jsonl").exists()
+    assert not (tmp_path / "out").exists()      # so that the corrected command can take the same --out
 
 
 # ---- divergence --------------------------------------------------------------------------------------------
