@@ -15,6 +15,7 @@ import subprocess
 import sys
 from pathlib import Path
 from statistics import fmean, median, variance
+from types import SimpleNamespace
 
 import torch
 
@@ -101,6 +102,26 @@ def extrapolated(folder, factor):
     return base
 
 
+class Mixed:
+    """log pi = log base + (log sft - log base) / factor + constant, at every token: two models, mixed while
+    sampling. What scale does in one model's weights, without training for it, at twice the cost for ever."""
+
+    def __init__(self, folder, factor):
+        self.models = [gsil.load_model(path, "cpu") for path in (gsil.TOY / "base", folder / "sft")]
+        self.factor, self.device = factor, self.models[0].device
+
+    def __call__(self, past_key_values=None, **inputs):
+        caches = past_key_values.caches if past_key_values else [None, None]
+        outs = [model(past_key_values=cache, **inputs) for model, cache in zip(self.models, caches)]
+        base, sft = (out.logits.log_softmax(-1) for out in outs)                            # (B, T, V) each
+        caches = [out.past_key_values for out in outs]
+        keep = lambda rows: [cache.batch_select_indices(rows) for cache in caches]  # noqa: E731
+        return SimpleNamespace(
+            logits=base + (sft - base) / self.factor,
+            past_key_values=SimpleNamespace(caches=caches, batch_select_indices=keep),
+        )
+
+
 def seconds(folder, last):
     """What the rounds took, all of them; or SFT."""
     rows = json.loads((folder / "summary.json").read_text())["rows"]
@@ -143,13 +164,34 @@ def gsil_tables():
         for factor in (0.5, 0.3):
             looks = [look(extrapolated(run("gsil", data, seed), factor), seed) for seed in SEEDS]
             row(f"SFT weights / {factor}", looks)
+        for factor in (0.5, 0.3):
+            looks = [look(Mixed(run("gsil", data, seed), factor), seed) for seed in SEEDS]
+            row(f"SFT log-probs / {factor}", looks)
         for loss in ("spin", "logistic", "hinge", "brier", "kliep", "lsif"):
             flags = data if loss == "logistic" else f"--loss {loss} --baseline none {data}".strip()
-            method(f"--loss {loss}", "gsil", flags)
+            method("SPIN" if loss == "spin" else f"GSIL {loss}", "gsil", flags)
+        if not data:
+            method("IRFT, T = 4", "irft", "--method irft --chunks 4 --baseline none", "round_4")
+            method("RFT", "irft", "")
     header("python gsil.py --scale SCALE", ["scale", "predicted", "measured"])
     for scale in (1.0, 0.7, 0.5, 0.3, 0.2):
         flags = "" if scale == 0.3 else f"--scale {scale} --baseline none"
         print(f"| {scale} | {predicted(scale)} | {measured('gsil', flags)} |", flush=True)
+    header("python gsil.py --loss spin --scale SCALE --rounds 4", ["scale", "1 round", "2", "3", "4"])
+    for scale in ("1", "0.6", "0.5", "0.3"):
+        flags, cells = f"--loss spin --scale {scale} --rounds 4 --baseline none", []
+        for t in (1, 2, 3, 4):
+            cells.append(f"{predicted(float(scale), t)} / {measured('gsil', flags, folder=f'round_{t}')}")
+        print("|", " | ".join([scale, *cells]), "|", flush=True)
+    columns = ["demonstrations", "SFT greedy", "sampled", "GSIL greedy", "sampled"]
+    header("python gsil.py --epochs 8 --data runs/demos-N.jsonl ...", columns)
+    demos = (gsil.TOY / "demos.jsonl").read_text().splitlines(keepends=True)
+    for n in (64, 256, 512, 2048):
+        (ROOT / f"runs/demos-{n}.jsonl").write_text("".join(demos[:n]))
+        problems = "--dev tests/toy/dev.jsonl --heldout tests/toy/heldout.jsonl"
+        flags = f"--epochs 8 --data runs/demos-{n}.jsonl {problems}" if n < 2048 else ""
+        cells = [measured("gsil", flags, key, last) for last in ("sft", "round_1") for key in COLUMNS[:2]]
+        print("|", " | ".join([str(n), *cells]), "|", flush=True)
     header("python gsil.py --loss sft --epochs 6 --lr LR", ["lr", "greedy", "sampled"])
     for lr in ("5e-5", "1e-4", "2e-4", "5e-4", "1e-3"):
         flags = f"--loss sft --epochs 6 --lr {lr}"
