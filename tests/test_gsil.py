@@ -763,6 +763,17 @@ def test_the_pair_by_hand_in_readme():
         assert any(abs(float(n) - value) < 0.002 for n in re.findall(r"-?\d\.\d{3}", text)), value
 
 
+def test_readme_commands_of_tests_have_their_flags():
+    """tests/results.py, bench.py, real.py and make_toy.py take minutes; that they take these flags is quick."""
+    found = re.findall(r"python (tests/[\w/]+\.py)([^`#\n]*)", (ROOT / "README.md").read_text())
+    assert len(found) >= 6
+    for script, flags in found:
+        source = (ROOT / script).read_text()
+        for word in flags.split():
+            if word.startswith("--") or word in ("gsil", "irft"):
+                assert f'"{word}"' in source, (script, word)
+
+
 def test_readme_names_what_is_there():
     """\"Paper to code\" is how a reader of the papers finds the place; a renamed function must not break it."""
     text = (ROOT / "README.md").read_text()
