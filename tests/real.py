@@ -46,13 +46,14 @@ def convert(out):
 def methods(args):
     """Row -> (script, flags, folder of the result)."""
     both = f"--scale {args.scale} --lr {args.lr}"
-    policy = f"--policy-lr {args.lr} --reward-lr {args.lr} --reward-steps {args.steps} --policy-steps {args.steps}"
+    policy = f"--policy-lr {args.lr} --policy-steps {args.steps} --policy-batch {args.batch // 2} --group-size 2"
+    reward = f"--reward-lr {args.lr} --reward-steps {args.steps}"
     return {
         "SFT": ("gsil", f"--loss sft --epochs 3 --lr {args.lr}", "round_1"),
         "GSIL logistic": ("gsil", f"--loss logistic {both}", "round_1"),
         "SPIN, IRFT T = 1": ("gsil", f"--loss spin {both}", "round_1"),
         "IRFT, T = 5": ("irft", f"--method irft --chunks 5 {both}", "round_5"),
-        "RFT": ("irft", f"--method rft --policy-batch {args.batch // 2} --group-size 2 {policy}", "round_1"),
+        "RFT": ("irft", f"--method rft {policy} {reward}", "round_1"),
         "GSIL kliep": ("gsil", f"--loss kliep {both}", "round_1"),
     }
 
@@ -77,8 +78,8 @@ def look(policy, tokenizer, eos_ids, problems, args):
     """Greedy and sampled answers to the problems -> a row of the table."""
     row = {}
     for kind, temperature in (("greedy", 0), ("sampled", 1)):
-        ids = gsil.sample(policy, [problem["prompt_ids"] for problem in problems], eos_ids, args.max_new_tokens,
-                          temperature, 64, f"{args.seed} real")
+        prompts = [problem["prompt_ids"] for problem in problems]
+        ids = gsil.sample(policy, prompts, eos_ids, args.max_new_tokens, temperature, 64, f"{args.seed} real")
         texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
         right = [gsil.final_answer(text) == problem["answer"] for text, problem in zip(texts, problems)]
         row |= {kind: share(right), f"{kind} '####'": share(["####" in text for text in texts]),
@@ -126,7 +127,8 @@ def main():
             rows += [row] if fits and len(rows) < n else []
         gsil.write(Path(args.out) / f"{split}.jsonl", rows)
         flags = gsil.parse_args(["--max-new-tokens", str(args.max_new_tokens)])
-        problems[split] = gsil.read_demos(split, [(split, row) for row in rows], tokenizer, eos_ids, 10**6, flags)
+        placed = [(split, row) for row in rows]
+        problems[split] = gsil.read_demos(split, placed, tokenizer, eos_ids, math.inf, flags)
     table = {}
 
     def add(name, policy, seconds):

@@ -764,7 +764,7 @@ def test_the_pair_by_hand_in_readme():
 
 
 def test_readme_commands_of_tests_have_their_flags():
-    """tests/results.py, bench.py, real.py and make_toy.py take minutes; that they take these flags is quick."""
+    """tests/results.py, bench.py, real.py and make_toy.py take minutes; their flags are checked at once."""
     found = re.findall(r"python (tests/[\w/]+\.py)([^`#\n]*)", (ROOT / "README.md").read_text())
     assert len(found) >= 6
     for script, flags in found:
@@ -775,7 +775,7 @@ def test_readme_commands_of_tests_have_their_flags():
 
 
 def test_readme_names_what_is_there():
-    """\"Paper to code\" is how a reader of the papers finds the place; a renamed function must not break it."""
+    """It is how a reader of the papers finds the place in the code; a renamed function must not break it."""
     text = (ROOT / "README.md").read_text()
     named = re.findall(r"`(gsil|irft|eval)\.py:(\w+)`", text)
     assert len(named) >= 18
@@ -785,8 +785,9 @@ def test_readme_names_what_is_there():
 
 
 def test_a_sixth_loss_is_one_line(small, tmp_path, monkeypatch, capsys):
-    """README promises that an entry of LOSSES is all: listed by --help, checked at the first step, trained with."""
-    monkeypatch.setitem(gsil.LOSSES, "squared", lambda h_real, h_generated: (h_real - 1) ** 2 + (h_generated + 1) ** 2)
+    """README promises that an entry of LOSSES is all: listed by --help, checked at step 0, trained with."""
+    squared = lambda h_real, h_generated: (h_real - 1) ** 2 + (h_generated + 1) ** 2  # noqa: E731
+    monkeypatch.setitem(gsil.LOSSES, "squared", squared)
     with pytest.raises(SystemExit):
         gsil.parse_args(["--help"])
     assert "squared" in capsys.readouterr().out

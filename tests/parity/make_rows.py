@@ -11,8 +11,8 @@ import random
 from pathlib import Path
 
 ROWS = Path(__file__).parent / "rows"
-NOUNS = ["candle", "bóveda", "river", "Äpfel", "shelf", "книга", "kettle", "naïve café", "lamp", "東京", "rope",
-         "ünal"]
+NOUNS = ["candle", "bóveda", "river", "Äpfel", "shelf", "книга", "kettle", "naïve café", "lamp",
+         "東京", "rope", "ünal"]
 VERBS = ["holds", "moves", "breaks", "warms", "hides", "lifts", "paints", "counts"]
 
 

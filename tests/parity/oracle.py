@@ -227,8 +227,8 @@ def ask_canned(task, rows, responses, folder):
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     Canned.__abstractmethods__ = frozenset()
     result = lm_eval.simple_evaluate(
-        model=Canned(), tasks=[local(task, train=str(file), test=str(file))], num_fewshot=0, bootstrap_iters=1,
-        log_samples=True, confirm_run_unsafe_code=True)
+        model=Canned(), tasks=[local(task, train=str(file), test=str(file))], num_fewshot=0,
+        bootstrap_iters=1, log_samples=True, confirm_run_unsafe_code=True)
     return records(result, task)
 
 
