@@ -46,7 +46,8 @@ def convert(out):
 def methods(args):
     """Row -> (script, flags, folder of the result)."""
     both = f"--scale {args.scale} --lr {args.lr}"
-    policy = f"--policy-lr {args.lr} --policy-steps {args.steps} --policy-batch {args.batch // 2} --group-size 2"
+    policy = f"--policy-lr {args.lr} --policy-steps {args.steps}"
+    policy += f" --policy-batch {args.batch // 2} --group-size 2"
     reward = f"--reward-lr {args.lr} --reward-steps {args.steps}"
     return {
         "SFT": ("gsil", f"--loss sft --epochs 3 --lr {args.lr}", "round_1"),

@@ -743,7 +743,8 @@ def test_the_pair_by_hand_in_readme():
     """A student follows these numbers with a pencil; each must be what the code computes."""
     tokenizer = AutoTokenizer.from_pretrained(gsil.TOY / "base")
     policy, args = gsil.load_model(gsil.TOY / "base", "cpu"), gsil.parse_args([])
-    question = "Ava has 7 apples . Ava buys 4 more . the number grows 2 times . how many apples does Ava have ?"
+    question = "Ava has 7 apples . Ava buys 4 more . the number grows 2 times . "
+    question += "how many apples does Ava have ?"
     row = {"question": question, "answer": "7 + 4 = 11 . 11 * 2 = 22 . #### 22"}
     [pair] = gsil.read_demos("x", [("x", row)], tokenizer, {tokenizer.eos_token_id}, 512, args)
     pair["generated_ids"] = tokenizer("#### 17").input_ids + [tokenizer.eos_token_id]
@@ -751,7 +752,8 @@ def test_the_pair_by_hand_in_readme():
     assert question in text and row["answer"] in text and "#### 17 <eos>" in text
 
     def sums():
-        return [gsil.response_logps(policy, gsil.texts([pair], side)).item() for side in ("real", "generated")]
+        sides = (gsil.texts([pair], side) for side in ("real", "generated"))
+        return [gsil.response_logps(policy, side).item() for side in sides]
 
     pair["real_reference"], pair["generated_reference"] = before = sums()
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3, weight_decay=0)

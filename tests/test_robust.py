@@ -422,7 +422,7 @@ def test_heldout_problems_among_the_demonstrations_are_counted(tmp_path, inputs,
 
 
 def test_a_reward_with_another_tokenizer_costs_no_samples(tmp_path, inputs, capsys):
-    """It is needed when a round has been sampled; a mistake must be found before, and must not block --out."""
+    """Needed once a round has been sampled; a mistake must be found before, and must not block --out."""
     save(tmp_path / "reward", tiny_model(), byte_tokenizer(merges=[("a", "b")]))
     vocabulary = json.loads((tmp_path / "reward" / "tokenizer.json").read_text())
     vocabulary["model"]["vocab"]["z"], vocabulary["model"]["vocab"]["y"] = (
