@@ -183,8 +183,7 @@ LOSSES = {
 def self_play(policy, run, demos, seed):
     """The pairs of a round: each demonstration beside fresh responses of the policy; log pi_t of both."""
     pairs = [dict(demo) for demo in demos for _ in range(run.samples_per_prompt)]
-    responses = shared_out([pair["prompt_ids"] for pair in pairs], lambda prompts, rank: sample(
-        policy, prompts, run.eos_ids, run.max_new_tokens, run.temperature, run.sample_batch, seed + rank))
+    responses = respond(policy, [pair["prompt_ids"] for pair in pairs], run, run.temperature, seed)
     shard(policy, run)                      # under torchrun a model is whole to sample, spread out to train
     for pair, ids in zip(pairs, responses):                                 # y- ~ pi_t(.|x)
         pair |= {"generated": run.tokenizer.decode(ids), "generated_ids": ids}
@@ -341,8 +340,7 @@ def improve_policy(policy, start_policy, reward_model, run, name, seed):
     for step in range(1, run.policy_steps + 1):
         began, chosen = time.time(), rng.sample(run.demos, min(run.policy_batch, len(run.demos)))
         prompts = [demo["prompt_ids"] for demo in chosen for _ in range(run.group_size)]
-        responses = shared_out(prompts, lambda share, rank: sample(
-            policy, share, run.eos_ids, run.max_new_tokens, 1.0, run.sample_batch, f"{seed} {step}{rank}"))
+        responses = respond(policy, prompts, run, 1.0, f"{seed} {step}")
         both = list(zip(prompts, responses))                                                # B of them
         r, kl, objective, old_logps = judge(policy, start_policy, reward_model, both, run)
         gains = advantages(objective.view(-1, run.group_size)).flatten()                    # (B,)
@@ -524,21 +522,25 @@ def collate(pairs, device, side="right"):
 def texts(pairs, side):
     return [(pair["prompt_ids"], pair[f"{side}_ids"]) for pair in pairs]
 
+@torch.no_grad()
 def score(measure, model, both, batch):
     """measure(model, [(prompt ids, response ids)]) in batches of similar length: floats, same order."""
-    return shared_out(both, lambda share, _: score_share(measure, model, share, batch))
+    def of_share(both, _):
+        values, order = [0.0] * len(both), sorted(range(len(both)), key=lambda i: len(sum(both[i], [])))
+        for rows in tqdm(chunks(order, batch), desc="scoring", leave=False, disable=None):
+            for i, value in zip(rows, measure(model, [both[i] for i in rows]).tolist()):
+                values[i] = value
+        return values
+    return shared_out(both, of_share)
 
 def score_batch(args):
     """Responses to score at a time: as many as are in memory in training."""
     return 2 * args.micro_batch if args.micro_batch else args.sample_batch
 
-@torch.no_grad()
-def score_share(measure, model, both, batch):
-    values, order = [0.0] * len(both), sorted(range(len(both)), key=lambda i: len(both[i][0] + both[i][1]))
-    for rows in tqdm(chunks(order, batch), desc="scoring", leave=False, disable=None):
-        for i, value in zip(rows, measure(model, [both[i] for i in rows]).tolist()):
-            values[i] = value
-    return values
+def respond(policy, prompts, run, temperature, seed):
+    """One response to each of the prompts, every rank sampling its share."""
+    return shared_out(prompts, lambda share, rank: sample(
+        policy, share, run.eos_ids, run.max_new_tokens, temperature, run.sample_batch, seed + rank))
 
 # Under torchrun every rank runs this file; these make one run of them. Without it they do nothing.
 
@@ -849,8 +851,7 @@ def report(policy, start_policy, reward_model, run, name, seed):
     """Dev demonstrations against fresh samples: does the reward tell them apart, how far are we?"""
     problems = (run.dev or run.demos)[:500]
     prompts = [problem["prompt_ids"] for problem in problems]
-    responses = shared_out(prompts, lambda share, rank: sample(
-        policy, share, run.eos_ids, run.max_new_tokens, 1.0, run.sample_batch, seed + rank))
+    responses = respond(policy, prompts, run, 1.0, seed)
     r, kl, objective, _ = judge(policy, start_policy, reward_model, list(zip(prompts, responses)), run)
     margins = torch.tensor(score(reward, reward_model, texts(problems, "real"), score_batch(run))) - r
     return {"phase": name, "dev_margin": margins.mean().item(), "dev_reward_accuracy":
@@ -941,9 +942,8 @@ def final_answer(text):
 
 def answers(run, policy, problems, temperature):
     """One response each: (share of right ones, None unless all problems have a '####' answer; token ids)."""
-    ids = shared_out([problem["prompt_ids"] for problem in problems], lambda prompts, rank: sample(
-        policy, prompts, run.eos_ids, run.max_new_tokens, temperature, run.sample_batch,
-        f"{run.seed} answers{rank}"))
+    prompts = [problem["prompt_ids"] for problem in problems]
+    ids = respond(policy, prompts, run, temperature, f"{run.seed} answers")
     texts = run.tokenizer.batch_decode(ids, skip_special_tokens=True)
     right = [final_answer(text) == problem["answer"] for text, problem in zip(texts, problems)]
     return fmean(right) if all(problem["answer"] for problem in problems) else None, ids
