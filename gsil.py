@@ -27,6 +27,7 @@ import re
 import shutil
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 
@@ -178,11 +179,10 @@ def self_play(policy, run, demos, seed):
     """The pairs of a round: each demonstration beside fresh responses of the policy; log pi_t of both."""
     pairs = [dict(demo) for demo in demos for _ in range(run.samples_per_prompt)]
     responses = respond(policy, [pair["prompt_ids"] for pair in pairs], run, run.temperature, seed)
-    shard(policy, run)                      # under torchrun a model is whole to sample, spread out to train
     for pair, ids in zip(pairs, responses):                                 # y- ~ pi_t(.|x)
         pair |= {"generated": run.tokenizer.decode(ids), "generated_ids": ids}
     for side in ("real", "generated"):      # the reference: once, by the policy itself, without gradient
-        for pair, logp in zip(pairs, score(response_logps, policy, texts(pairs, side), score_batch(run))):
+        for pair, logp in zip(pairs, score(response_logps, policy, texts(pairs, side), run.score_batch)):
             pair[f"{side}_reference"] = logp
     return pairs
 
@@ -201,7 +201,7 @@ def pair_losses(model, pairs, loss, scale, shift):
 def train_round(model, pairs, loss, epochs, args, name, seed):
     """Train the policy in place, every pair once an epoch; yields metrics every 16 steps and each epoch."""
     model.eval()                            # no dropout: log-ratios must be 0 before the first step
-    shard(model, args)
+    shard(model)
     recompute(model, args)
     learned = args.shift == "learn"
     shift = torch.tensor(0.0 if learned else args.shift, device=model.device, requires_grad=learned)
@@ -215,7 +215,7 @@ def train_round(model, pairs, loss, epochs, args, name, seed):
             total, real, generated, began = 0.0, [], [], time.time()
             # the loss is a mean over pairs; for sft over tokens, as cross-entropy usually is
             weight = sum(len(pair["real_ids"]) for pair in batch) if loss == "sft" else len(batch)
-            for part, count in micro_batches(batch, args):
+            for part, count in micro_batches(batch, args.micro_batch):
                 losses, d_real, d_generated = pair_losses(model, part, loss, args.scale, shift)
                 mean = losses[:count].sum() / weight                # parts add up to the mean of the batch
                 (mean * ranks()[1]).backward()                      # and gradients become means over ranks
@@ -246,15 +246,13 @@ def main(args):
     evaluate(run, "base", policy)
     for t in range(1, args.rounds + 1):
         name, seed, folder = f"round {t}", f"{args.seed} round {t}", run.out / f"round_{t}"
-        if folder.exists():                 # a resumed run has this round behind it
-            policy = load_model(folder, run.device, run.trust_remote_code)
-        else:
+        if not folder.exists():             # a resumed run may have this round behind it
             pairs = run.demos if args.loss == "sft" else keep_pairs(
                 run, name, t, run.demos, lambda: self_play(policy, run, run.demos, seed))
             for record in train_round(policy, pairs, args.loss, args.epochs, args, name, seed):
                 log(run, record)
             save_model(policy, run.tokenizer, folder)
-            policy = whole(policy, run)
+        policy = load_model(folder, run.device, run.trust_remote_code)
         evaluate(run, name, policy)
     if args.baseline == "sft" and args.loss != "sft" and args.rounds:
         sft_baseline(run, args, 3 * args.epochs * args.rounds * args.samples_per_prompt)
@@ -294,7 +292,7 @@ def resumed(args, parser):
     saved = read(Path(args.resume) / "args.json")
     if not saved:
         parser.error(f"--resume {args.resume}: no args.json there, so it is not the folder of a run")
-    if ({*saved[0]} ^ {*vars(args)}) - {"shift", "shift_lr"}:           # no flags of irft.py
+    if {*saved[0]} != {*vars(args)}:
         parser.error(f"--resume {args.resume}: a run of another script, or of another version of this one")
     own = [k for k, v in vars(args).items() if v not in (saved[0].get(k), parser.get_default(k))]
     if set(own) - {"resume", "rounds"}:
@@ -332,14 +330,16 @@ def score(measure, model, both, batch):
         return values
     return shared_out(both, of_share)
 
-def score_batch(args):
-    """Responses to score at a time: as many as are in memory in training."""
-    return 2 * args.micro_batch if args.micro_batch else args.sample_batch
-
 def respond(policy, prompts, run, temperature, seed):
     """One response to each of the prompts, every rank sampling its share."""
-    return shared_out(prompts, lambda share, rank: sample(
+    sharded = isinstance(policy, FSDPModule)
+    if sharded:                             # weights stay, once gathered: no rank waits for another's tokens
+        policy.set_reshard_after_forward(False)
+    responses = shared_out(prompts, lambda share, rank: sample(
         policy, share, run.eos_ids, run.max_new_tokens, temperature, run.sample_batch, seed + rank))
+    if sharded:
+        policy.set_reshard_after_forward(True)
+    return responses
 
 # Under torchrun every rank runs this file; these make one run of them. Without it they do nothing.
 
@@ -361,15 +361,16 @@ def shared_out(items, function):
     dist.all_gather_object(parts, function(share, f" rank {rank}" * (rank > 0)))
     return [parts[i % world][i // world] for i in range(len(items))]
 
-def micro_batches(batch, args):
-    """This rank's share of a batch in parts: [(pairs, how many of them count)]; as many on every rank."""
+def micro_batches(batch, size):
+    """This rank's share of a batch, `size` at a time: [(pairs, how many of them count)]; as many parts on
+    every rank. size None: all at once."""
     rank, world = ranks()
-    if args.micro_batch or world > 1:       # similar lengths together: less padding, equal work
+    if size or world > 1:       # similar lengths together: less padding, equal work
         batch = sorted(batch, key=lambda pair: len(pair["prompt_ids"]) + max(
             len(pair["real_ids"]), len(pair.get("generated_ids", ()))))
     share = batch[rank::world]
     excess = math.ceil(len(batch) / world) - len(share)         # 1 where the last round of cards went short
-    parts = chunks(share + batch[:1] * excess, args.micro_batch or args.batch)
+    parts = chunks(share + batch[:1] * excess, size or len(batch))
     return [(part, len(part) - excess * (part is parts[-1])) for part in parts]
 
 def added_up(*values):
@@ -389,26 +390,12 @@ def clip_gradients(model, limit, *others):
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
     return (norm.full_tensor() if isinstance(model, FSDPModule) else norm).item()
 
-def shard(model, args):
-    """Spread weights, and so gradients and optimizer, over the ranks, in place: FSDP2, layer by layer.
-
-    Not in RFT, which samples at every step and so keeps its policy whole on every rank.
-    """
-    if ranks()[1] > 1 and not isinstance(model, FSDPModule) and getattr(args, "method", None) != "rft":
+def shard(model):
+    """Spread weights, and so gradients and optimizer, over the ranks, in place: FSDP2, layer by layer."""
+    if ranks()[1] > 1:
         mesh = dist.init_device_mesh(model.device.type, (ranks()[1],))
-        for part in (*layers_of(model), model):         # resharded after scoring, too, or the first step
-            fully_shard(part, mesh=mesh, reshard_after_forward=True)    # would miss weights of the root
-
-def whole(policy, run):
-    """The policy to sample from: itself, or of a sharded one a copy, by way of the disk."""
-    if not isinstance(policy, FSDPModule):
-        return policy
-    save_model(policy, run.tokenizer, run.out / "whole")
-    policy = load_model(run.out / "whole", run.device, run.trust_remote_code)
-    dist.barrier()                          # all have read it
-    if ranks()[0] == 0:
-        shutil.rmtree(run.out / "whole")
-    return policy
+        for part in (*layers_of(model), model):
+            fully_shard(part, mesh=mesh, reshard_after_forward=True)
 
 def layers_of(model):
     return next(module for module in model.modules() if isinstance(module, torch.nn.ModuleList))
@@ -416,8 +403,7 @@ def layers_of(model):
 def recompute(model, args):
     """--checkpoint-activations: a layer keeps its input only, the rest is computed again going backward."""
     for layer in layers_of(model) if args.checkpoint_activations else ():
-        forward = type(layer).forward.__get__(layer)            # the layer's own, also when called again
-        layer.forward = lambda *a, own=forward, **k: checkpoint(own, *a, use_reentrant=False, **k)
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
 def make_optimizer(groups, lr, steps, args):
     """AdamW or RMSprop without weight decay, which leaves a shift that is not learned alone; its schedule."""
@@ -584,7 +570,8 @@ def start(args, label):
                or (out / f"round_{record['phase'].split()[-1]}").exists()]
     return argparse.Namespace(**vars(args) | {
         "out": out, "device": device, "tokenizer": tokenizer, "eos_ids": eos_ids, "window": window,
-        "demos": demos, "dev": dev, "heldout": heldout, "records": records}), policy
+        "demos": demos, "dev": dev, "heldout": heldout, "records": records,
+        "score_batch": 2 * args.micro_batch if args.micro_batch else args.sample_batch}), policy
 
 def load(kind, path, trust, what="a tokenizer", **more):
     """kind.from_pretrained(path); pickles, which can run anything, are not read."""
@@ -687,7 +674,7 @@ def evaluate(run, name, policy):
     if run.heldout:
         sampled, ids = answers(run, policy, problems, 1)
         tokens = sum(len(problem["real_ids"]) for problem in problems)
-        nll = -sum(score(response_logps, policy, texts(problems, "real"), score_batch(run))) / tokens
+        nll = -sum(score(response_logps, policy, texts(problems, "real"), run.score_batch)) / tokens
         row |= zip(COLUMNS, [greedy, sampled, len(ids), nll, fmean(map(len, ids)),
                              fmean(response[-1] in run.eos_ids for response in ids)])
     row["seconds"] = sum(record.get("seconds", 0) for record in run.records if record["phase"] == name)
@@ -702,7 +689,7 @@ def sft_baseline(run, args, epochs):
     policy, best = load_model(args.model, run.device, run.trust_remote_code), -1
     for record in train_round(policy, run.demos, "sft", epochs, args, "sft", f"{args.seed} sft"):
         if record["epoch"] % 1 == 0:
-            record["dev_accuracy"] = dev = run.dev and answers(run, whole(policy, run), run.dev, 0)[0]
+            record["dev_accuracy"] = dev = run.dev and answers(run, policy, run.dev, 0)[0]
             if dev is None or dev > best:
                 best = dev
                 save_model(policy, run.tokenizer, run.out / "sft")

@@ -30,6 +30,7 @@ import re
 import shutil
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 
@@ -184,11 +185,10 @@ def self_play(policy, run, demos, seed):
     """The pairs of a round: each demonstration beside fresh responses of the policy; log pi_t of both."""
     pairs = [dict(demo) for demo in demos for _ in range(run.samples_per_prompt)]
     responses = respond(policy, [pair["prompt_ids"] for pair in pairs], run, run.temperature, seed)
-    shard(policy, run)                      # under torchrun a model is whole to sample, spread out to train
     for pair, ids in zip(pairs, responses):                                 # y- ~ pi_t(.|x)
         pair |= {"generated": run.tokenizer.decode(ids), "generated_ids": ids}
     for side in ("real", "generated"):      # the reference: once, by the policy itself, without gradient
-        for pair, logp in zip(pairs, score(response_logps, policy, texts(pairs, side), score_batch(run))):
+        for pair, logp in zip(pairs, score(response_logps, policy, texts(pairs, side), run.score_batch)):
             pair[f"{side}_reference"] = logp
     return pairs
 
@@ -207,7 +207,7 @@ def pair_losses(model, pairs, loss, scale, shift):
 def train_round(model, pairs, loss, epochs, args, name, seed):
     """Train the policy in place, every pair once an epoch; yields metrics every 16 steps and each epoch."""
     model.eval()                            # no dropout: log-ratios must be 0 before the first step
-    shard(model, args)
+    shard(model)
     recompute(model, args)
     learned = args.shift == "learn"
     shift = torch.tensor(0.0 if learned else args.shift, device=model.device, requires_grad=learned)
@@ -221,7 +221,7 @@ def train_round(model, pairs, loss, epochs, args, name, seed):
             total, real, generated, began = 0.0, [], [], time.time()
             # the loss is a mean over pairs; for sft over tokens, as cross-entropy usually is
             weight = sum(len(pair["real_ids"]) for pair in batch) if loss == "sft" else len(batch)
-            for part, count in micro_batches(batch, args):
+            for part, count in micro_batches(batch, args.micro_batch):
                 losses, d_real, d_generated = pair_losses(model, part, loss, args.scale, shift)
                 mean = losses[:count].sum() / weight                # parts add up to the mean of the batch
                 (mean * ranks()[1]).backward()                      # and gradients become means over ranks
@@ -281,7 +281,7 @@ def fit_reward(model, pairs, preferences, args, name, seed):
         total, margins, began = 0.0, [], time.time()
         for source, weight in parts:
             batch = rng.sample(source, min(args.batch, len(source)))
-            for part, count in micro_batches(batch, args) if batch else ():
+            for part, count in micro_batches(batch, args.micro_batch) if batch else ():
                 both = texts(part, "real") + texts(part, "generated")
                 r_real, r_generated = reward(model, both).chunk(2)                          # (B,) each
                 losses = REWARD_LOSSES[args.reward_loss](r_real, r_generated)
@@ -326,7 +326,7 @@ def policy_losses(logps, old_logps, advantages, clip):
 def judge(policy, start_policy, reward_model, both, run):
     """r, log pi/pi_ref, r - kl log pi/pi_ref and log pi of responses: (B,) each, on the CPU, no gradient."""
     models = (reward, reward_model), (response_logps, policy), (response_logps, start_policy)
-    r, logps, start_logps = (torch.tensor(score(*model, both, score_batch(run))) for model in models)
+    r, logps, start_logps = (torch.tensor(score(*model, both, run.score_batch)) for model in models)
     return r, logps - start_logps, r - run.kl * (logps - start_logps), logps
 
 
@@ -429,15 +429,13 @@ def main(args):
     run, policy = start(args, f"irft-{args.method}")
     if args.reward_model and args.method == "rft":      # a mistake there should not cost the samples
         load_reward(args.reward_model, run)
-    run.preferences = read_preferences(args.preferences, run, args) if args.preferences else []
+    run.preferences = read_preferences(args.preferences, run) if args.preferences else []
     write(run.out / "args.json", [vars(args)])          # nothing is written before all input has been read
     evaluate(run, "base", policy)
     irft = args.method == "irft"
     for t in range(1, (args.chunks if irft else args.rounds) + 1):
         name, seed, folder = f"{args.method} {t}", f"{args.seed} round {t}", run.out / f"round_{t}"
-        if folder.exists():                 # a resumed run has this round behind it
-            policy = load_model(folder, run.device, run.trust_remote_code)
-        else:
+        if not folder.exists():             # a resumed run may have this round behind it
             demos = run.demos[t - 1::args.chunks] if irft else run.demos        # IRFT: every T-th of them
             if run.lora_rank:
                 add_lora(policy, run.lora_rank, seed)
@@ -452,7 +450,7 @@ def main(args):
             if run.lora_rank:
                 merge_lora(policy)
             save_model(policy, run.tokenizer, folder)
-            policy = whole(policy, run)
+        policy = load_model(folder, run.device, run.trust_remote_code)
         evaluate(run, name, policy)
     if args.baseline == "sft" and (irft or args.rounds):
         sft_baseline(run, args, budget(run, args))
@@ -477,6 +475,7 @@ def number(kind, low=-math.inf, above=-math.inf, word=None):
 
 def complete(args, parser):
     """Defaults that depend on other flags; with --resume, the flags of that run."""
+    args.shift, args.shift_lr = 0.0, 0.0                    # of h: it would cancel in both losses
     if args.resume:
         return resumed(args, parser)
     if args.data == parser.get_default("data"):             # the toy's problems go with its demonstrations
@@ -487,7 +486,6 @@ def complete(args, parser):
         parser.error("--group-size 1: an advantage compares responses to one prompt, it takes at least 2")
     if args.freeze_layers > 1:
         parser.error(f"--freeze-layers {args.freeze_layers}: it is a share of the layers, from 0 to 1")
-    args.shift, args.shift_lr = 0.0, 0.0                    # of h: it would cancel in both losses
     return args
 
 def resumed(args, parser):
@@ -495,7 +493,7 @@ def resumed(args, parser):
     saved = read(Path(args.resume) / "args.json")
     if not saved:
         parser.error(f"--resume {args.resume}: no args.json there, so it is not the folder of a run")
-    if ({*saved[0]} ^ {*vars(args)}) - {"shift", "shift_lr"}:           # no flags of irft.py
+    if {*saved[0]} != {*vars(args)}:
         parser.error(f"--resume {args.resume}: a run of another script, or of another version of this one")
     own = [k for k, v in vars(args).items() if v not in (saved[0].get(k), parser.get_default(k))]
     if set(own) - {"resume", "rounds"}:
@@ -533,14 +531,16 @@ def score(measure, model, both, batch):
         return values
     return shared_out(both, of_share)
 
-def score_batch(args):
-    """Responses to score at a time: as many as are in memory in training."""
-    return 2 * args.micro_batch if args.micro_batch else args.sample_batch
-
 def respond(policy, prompts, run, temperature, seed):
     """One response to each of the prompts, every rank sampling its share."""
-    return shared_out(prompts, lambda share, rank: sample(
+    sharded = isinstance(policy, FSDPModule)
+    if sharded:                             # weights stay, once gathered: no rank waits for another's tokens
+        policy.set_reshard_after_forward(False)
+    responses = shared_out(prompts, lambda share, rank: sample(
         policy, share, run.eos_ids, run.max_new_tokens, temperature, run.sample_batch, seed + rank))
+    if sharded:
+        policy.set_reshard_after_forward(True)
+    return responses
 
 # Under torchrun every rank runs this file; these make one run of them. Without it they do nothing.
 
@@ -562,15 +562,16 @@ def shared_out(items, function):
     dist.all_gather_object(parts, function(share, f" rank {rank}" * (rank > 0)))
     return [parts[i % world][i // world] for i in range(len(items))]
 
-def micro_batches(batch, args):
-    """This rank's share of a batch in parts: [(pairs, how many of them count)]; as many on every rank."""
+def micro_batches(batch, size):
+    """This rank's share of a batch, `size` at a time: [(pairs, how many of them count)]; as many parts on
+    every rank. size None: all at once."""
     rank, world = ranks()
-    if args.micro_batch or world > 1:       # similar lengths together: less padding, equal work
+    if size or world > 1:       # similar lengths together: less padding, equal work
         batch = sorted(batch, key=lambda pair: len(pair["prompt_ids"]) + max(
             len(pair["real_ids"]), len(pair.get("generated_ids", ()))))
     share = batch[rank::world]
     excess = math.ceil(len(batch) / world) - len(share)         # 1 where the last round of cards went short
-    parts = chunks(share + batch[:1] * excess, args.micro_batch or args.batch)
+    parts = chunks(share + batch[:1] * excess, size or len(batch))
     return [(part, len(part) - excess * (part is parts[-1])) for part in parts]
 
 def added_up(*values):
@@ -590,26 +591,12 @@ def clip_gradients(model, limit, *others):
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
     return (norm.full_tensor() if isinstance(model, FSDPModule) else norm).item()
 
-def shard(model, args):
-    """Spread weights, and so gradients and optimizer, over the ranks, in place: FSDP2, layer by layer.
-
-    Not in RFT, which samples at every step and so keeps its policy whole on every rank.
-    """
-    if ranks()[1] > 1 and not isinstance(model, FSDPModule) and getattr(args, "method", None) != "rft":
+def shard(model):
+    """Spread weights, and so gradients and optimizer, over the ranks, in place: FSDP2, layer by layer."""
+    if ranks()[1] > 1:
         mesh = dist.init_device_mesh(model.device.type, (ranks()[1],))
-        for part in (*layers_of(model), model):         # resharded after scoring, too, or the first step
-            fully_shard(part, mesh=mesh, reshard_after_forward=True)    # would miss weights of the root
-
-def whole(policy, run):
-    """The policy to sample from: itself, or of a sharded one a copy, by way of the disk."""
-    if not isinstance(policy, FSDPModule):
-        return policy
-    save_model(policy, run.tokenizer, run.out / "whole")
-    policy = load_model(run.out / "whole", run.device, run.trust_remote_code)
-    dist.barrier()                          # all have read it
-    if ranks()[0] == 0:
-        shutil.rmtree(run.out / "whole")
-    return policy
+        for part in (*layers_of(model), model):
+            fully_shard(part, mesh=mesh, reshard_after_forward=True)
 
 def layers_of(model):
     return next(module for module in model.modules() if isinstance(module, torch.nn.ModuleList))
@@ -617,8 +604,7 @@ def layers_of(model):
 def recompute(model, args):
     """--checkpoint-activations: a layer keeps its input only, the rest is computed again going backward."""
     for layer in layers_of(model) if args.checkpoint_activations else ():
-        forward = type(layer).forward.__get__(layer)            # the layer's own, also when called again
-        layer.forward = lambda *a, own=forward, **k: checkpoint(own, *a, use_reentrant=False, **k)
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
 def make_optimizer(groups, lr, steps, args):
     """AdamW or RMSprop without weight decay, which leaves a shift that is not learned alone; its schedule."""
@@ -785,7 +771,8 @@ def start(args, label):
                or (out / f"round_{record['phase'].split()[-1]}").exists()]
     return argparse.Namespace(**vars(args) | {
         "out": out, "device": device, "tokenizer": tokenizer, "eos_ids": eos_ids, "window": window,
-        "demos": demos, "dev": dev, "heldout": heldout, "records": records}), policy
+        "demos": demos, "dev": dev, "heldout": heldout, "records": records,
+        "score_batch": 2 * args.micro_batch if args.micro_batch else args.sample_batch}), policy
 
 def load(kind, path, trust, what="a tokenizer", **more):
     """kind.from_pretrained(path); pickles, which can run anything, are not read."""
@@ -826,15 +813,15 @@ def load_reward(path, run):
         layer.requires_grad_(False)
     return model.to(run.device).eval(), tokenizer
 
-def read_preferences(name, run, args):
+def read_preferences(name, run):
     """chosen/rejected rows -> dicts as self_play makes them: chosen is real, rejected is generated."""
-    rows = list(read_rows(name, args.split))
+    rows = list(read_rows(name, run.split))
     for place, row in rows:
         if not isinstance(row, dict) or not {"chosen", "rejected"} <= {*row}:
             die(f"{place}: preferences have the columns chosen and rejected, with or without a prompt")
     chosen, rejected = (
         read_demos(f"{name}, {side}", [(place, row | {"chosen": row[side]}) for place, row in rows],
-                   run.tokenizer, run.eos_ids, run.window, args) for side in ("chosen", "rejected"))
+                   run.tokenizer, run.eos_ids, run.window, run) for side in ("chosen", "rejected"))
     pairs = [real | {"generated_ids": generated["real_ids"]} for real, generated in zip(chosen, rejected)
              if real["prompt_ids"] == generated["prompt_ids"]]
     print(f"{name}: {len(pairs)} preferences; {len(rows) - len(pairs)} left out, as their prompts differ")
@@ -853,7 +840,7 @@ def report(policy, start_policy, reward_model, run, name, seed):
     prompts = [problem["prompt_ids"] for problem in problems]
     responses = respond(policy, prompts, run, 1.0, seed)
     r, kl, objective, _ = judge(policy, start_policy, reward_model, list(zip(prompts, responses)), run)
-    margins = torch.tensor(score(reward, reward_model, texts(problems, "real"), score_batch(run))) - r
+    margins = torch.tensor(score(reward, reward_model, texts(problems, "real"), run.score_batch)) - r
     return {"phase": name, "dev_margin": margins.mean().item(), "dev_reward_accuracy":
             (margins > 0).float().mean().item(), "objective": objective.mean().item(),
             **measures(r, kl, responses, run)}
@@ -960,7 +947,7 @@ def evaluate(run, name, policy):
     if run.heldout:
         sampled, ids = answers(run, policy, problems, 1)
         tokens = sum(len(problem["real_ids"]) for problem in problems)
-        nll = -sum(score(response_logps, policy, texts(problems, "real"), score_batch(run))) / tokens
+        nll = -sum(score(response_logps, policy, texts(problems, "real"), run.score_batch)) / tokens
         row |= zip(COLUMNS, [greedy, sampled, len(ids), nll, fmean(map(len, ids)),
                              fmean(response[-1] in run.eos_ids for response in ids)])
     row["seconds"] = sum(record.get("seconds", 0) for record in run.records if record["phase"] == name)
@@ -975,7 +962,7 @@ def sft_baseline(run, args, epochs):
     policy, best = load_model(args.model, run.device, run.trust_remote_code), -1
     for record in train_round(policy, run.demos, "sft", epochs, args, "sft", f"{args.seed} sft"):
         if record["epoch"] % 1 == 0:
-            record["dev_accuracy"] = dev = run.dev and answers(run, whole(policy, run), run.dev, 0)[0]
+            record["dev_accuracy"] = dev = run.dev and answers(run, policy, run.dev, 0)[0]
             if dev is None or dev > best:
                 best = dev
                 save_model(policy, run.tokenizer, run.out / "sft")

@@ -42,6 +42,7 @@ def run_for(model_path, flags="", tokenizer=None):
     """What start() would return, for the functions that need a few of its fields."""
     tokenizer = tokenizer or AutoTokenizer.from_pretrained(model_path)
     fields = {"tokenizer": tokenizer, "eos_ids": {EOS, 2}, "window": math.inf, "device": "cpu"}
+    fields |= {"score_batch": 3}
     return SimpleNamespace(**vars(args_for(flags)) | {"model": str(model_path)} | fields)
 
 
@@ -199,7 +200,7 @@ def test_every_preference_format_gives_the_same_pair(name, folder, tmp_path):
     """chosen/rejected, with or without a prompt; the sides must not be swapped."""
     run = run_for(folder)
     path = write_jsonl(tmp_path / "p.jsonl", [PREFERENCES[name]])
-    (pair,) = irft.read_preferences(str(path), run, run)
+    (pair,) = irft.read_preferences(str(path), run)
     assert run.tokenizer.decode(pair["real_ids"]) == A + "</s>"
     assert run.tokenizer.decode(pair["generated_ids"]) == "no</s>"
     assert run.tokenizer.decode(pair["prompt_ids"]) == f"<|user|>\n{Q}</s>\n<|assistant|>\n"
@@ -210,7 +211,7 @@ def test_preferences_about_two_prompts_are_left_out_and_counted(folder, tmp_path
     row = PREFERENCES["HH transcripts"]
     other = row | {"rejected": row["rejected"].replace(Q, "Why?")}
     run = run_for(folder)
-    pairs = irft.read_preferences(str(write_jsonl(tmp_path / "p.jsonl", [row, other])), run, run)
+    pairs = irft.read_preferences(str(write_jsonl(tmp_path / "p.jsonl", [row, other])), run)
     assert len(pairs) == 1 and "1 preferences; 1 left out" in capsys.readouterr().out
 
 
@@ -219,7 +220,7 @@ def test_preferences_without_a_rejected_side(folder, tmp_path, capsys):
     run = run_for(folder)
     path = write_jsonl(tmp_path / "p.jsonl", [{"prompt": Q, "chosen": A}])
     with pytest.raises(SystemExit) as stop:
-        irft.read_preferences(str(path), run, run)
+        irft.read_preferences(str(path), run)
     assert stop.value.code == 2 and "line 1: preferences have the columns" in capsys.readouterr().err
 
 
