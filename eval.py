@@ -121,7 +121,7 @@ def plain_prompt(task, row, shots, question=None):
 def chat_prompt(task, row, shots, tokenizer, question=None):
     """The same as a conversation: an example is a turn of each side, a begun answer is the assistant's."""
     described, begun = task.describe(row), task.begin(row)
-    turns = [("system", described)] if described else []
+    turns = [("system", described)] if described else []        # only MMLU describes itself
     for asked, answer in map(task.example, shots):
         turns += [("user", asked), ("assistant", answer)]
     turns += task.dialogue(row) if task.dialogue else [("user", question or task.question(row))]
@@ -220,7 +220,7 @@ def loglikelihoods(model, problems, batch, name=""):
             parts.append((choices[0][0][:shared], [(p, c) for c in range(len(choices))]))
         else:                               # the window has cut them at different places
             parts += [(ids[:len(ids) - n], [(p, c)]) for c, (ids, n) in enumerate(choices)]
-    parts.sort(key=lambda part: -len(part[0]))
+    parts.sort(key=lambda part: -len(part[0]))              # the longest first, as in generate
     values, most = [[0.0] * len(choices) for choices in problems], max(len(who) for _, who in parts)
     for some in tqdm(chunks(parts, max(1, batch // most)), desc=name, leave=False, disable=None):
         ids, mask = pad([prefix for prefix, _ in some], "left", model.device)                   # (B, P) each
@@ -230,6 +230,7 @@ def loglikelihoods(model, problems, batch, name=""):
         cache = getattr(out, "past_key_values", None)
         if not all(isinstance(layer, DynamicLayer) for layer in getattr(cache, "layers", [None])):
             die(f"{name}: the model has states other than keys and values, as Mamba: pads would change them")
+        # A row of the batch, with its cache, is repeated for each choice that begins with it.
         owner = [b for b, (_, who) in enumerate(some) for _ in who]                             # C choices
         choices = [(p, c) for _, who in some for p, c in who]
         rests = [problems[p][c][0][len(some[b][0]):] for b, (p, c) in zip(owner, choices)]
@@ -268,6 +269,7 @@ def choose(task, name, rows, shots, policy, args):
     """A sample per row: contexts (mostly one), continuations, their log-likelihoods, metrics."""
     samples, problems = [], []
     for row, some in zip(rows, shots):
+        # Most tasks ask one question for all choices; WinoGrande's contexts differ.
         contexts = {question: chat_prompt(task, row, some, policy.tokenizer, question) if args.chat
                     else plain_prompt(task, row, some, question) for question, _ in task.options(row)}
         pairs = [(contexts[question], choice if args.chat else f" {choice}")
@@ -277,6 +279,7 @@ def choose(task, name, rows, shots, policy, args):
             if not 0 < n <= min(policy.window, len(ids) - 1):
                 die(f"{name}: {n} tokens to score should be 1 to {policy.window}, the model's window, after "
                     f"at least 1 of context: {pair[1]!r:.200} after {pair[0][-100:]!r}")
+        # One more than the window: the last token is predicted and never read.
         problems.append([(ids[-policy.window - 1:], n) for ids, n in encoded])
         samples.append({"prompts": [*contexts.values()], "continuations": [text for _, text in pairs],
                         "truncated": max(len(ids) for ids, _ in encoded) > policy.window + 1})
@@ -298,7 +301,7 @@ def find(pattern, which, text):
 
 def normalize(text):
     """What exact_match ignores on gsm8k: commas, dollars, all up to the last '#### ', a final point, case."""
-    for ignored in (",", r"\$", r"(?s).*#### ", r"\.$"):
+    for ignored in (",", r"\$", r"(?s).*#### ", r"\.$"):     # in this order
         text = re.sub(ignored, "", text)
     return text.lower()
 
@@ -371,7 +374,7 @@ def score_programs(task, rows, responses):
     codes = [[row["prompt"] + extract(text) for text in texts] for row, texts in zip(rows, responses)]
     tests = [f"{row['test']}\ncheck({row['entry_point']})" for row in rows]
     programs = [f"{code}\n{test}" for some, test in zip(codes, tests) for code in some]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(os.cpu_count()) as pool:        # threads suffice, each waits for its process
         ran = list(tqdm(pool.map(passes, programs), "programs", len(programs), leave=False, disable=None))
     ks = [k for k in (1, 2, 5, 8, 10, 16, 32, 64, 100) if k <= n]
     return [{"gold": test, "extracted": {name: some}, "passed": passed,
@@ -389,7 +392,7 @@ def read_dialogue(row):
     """
     text, response = (next((row[key] for key in keys if isinstance(row.get(key), str)), "")
                       for keys in (("prompt", "question"), ("chosen", "response", "answer")))
-    if not text:
+    if not text:                            # an HH transcript
         before, mark, response = response.rpartition("\n\nAssistant:")
         text = before + mark
     elif not text.startswith("\n\nHuman:"):
@@ -536,7 +539,7 @@ def write_answers(file, answers):
 
 @dataclass(frozen=True)
 class Task:
-    """One benchmark; texts and names are those of the task's file in lm_eval 0.4.13.
+    """One benchmark; texts and names are those of its file in lm_eval 0.4.13, lm_eval/tasks/...
 
     It needs data, fields, and either options and gold (the model chooses) or question and score (it writes).
     """
@@ -576,28 +579,28 @@ ANSWERS = Task(
     (str(TOY / "heldout.jsonl"),), {"question": "text", "answer": "text"}, (VALUE,),
     question=lambda row: row["question"], score=score_answers, reduce=final_answer, trained=True,
     filters={"final-answer": lambda text: find("####[^\n]+", 0, text)})
-GSM8K = Task(
+GSM8K = Task(                           # gsm8k/gsm8k.yaml
     ("openai/gsm8k", "main"), {"question": "text", "answer": "text"}, (VALUE,), shots=5,
     question=lambda row: f"Question: {row['question']}\nAnswer:", stop=("Question:", "</s>", "<|im_end|>"),
     score=score_answers, filters={
         "strict-match": lambda text: find(r"#### (\-?[0-9\.\,]+)", 0, text),
         "flexible-extract": lambda text: find(r"(-?[$0-9.,]{2,})|(-?[0-9]+)", -1, text)})
-GSM8K_COT_ZEROSHOT = replace(
+GSM8K_COT_ZEROSHOT = replace(           # gsm8k/gsm8k-cot-zeroshot.yaml
     GSM8K, question=lambda row: f"Q: {row['question']}\nA: Let's think step by step.", shots=0,
     stop=("Q:", "</s>", "<|im_end|>"), filters=GSM8K.filters | {
         "strict-match": lambda text: find(r"The answer is (\-?[0-9\.\,]+).", 0, text)})
-HUMANEVAL = Task(
+HUMANEVAL = Task(                       # humaneval/humaneval.yaml
     ("openai/openai_humaneval",), {"prompt": "text", "test": "text", "entry_point": "text"},
     (("entry_point", lambda row: f"def {row['entry_point']}(" in row["prompt"], "defined in prompt"),),
     question=lambda row: row["prompt"], score=score_programs, filters={"create_test": lambda text: text},
     max_new_tokens=1024, stop=("\nclass", "\ndef", "\n#", "\nif", "\nprint"))
-HUMANEVAL_INSTRUCT = replace(
+HUMANEVAL_INSTRUCT = replace(           # humaneval/humaneval_instruct.yaml
     HUMANEVAL, question=lambda row: "Write a solution to the following problem and make sure that it passes "
                                     f"the tests:\n```python\n{row['prompt']}\n```\n",
     begin=lambda row: f"Here is the completed function:\n```python\n{row['prompt']}\n",
     filters={"create_test": lambda text: text.split("```")[0]})
 
-ARC_EASY = Task(
+ARC_EASY = Task(                        # arc/arc_easy.yaml
     ("allenai/ai2_arc", "ARC-Easy"),
     {"question": "text", "choices": {"text": ["text"], "label": ["text"]}, "answerKey": "text"},
     (("choices", lambda row: len(row["choices"]["text"]) == len(row["choices"]["label"]), "as many labels as "
@@ -612,7 +615,7 @@ def wikihow(text):
     """HellaSwag's texts without their marks, [title] and the like; a double blank becomes one, once."""
     return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
 
-HELLASWAG = Task(
+HELLASWAG = Task(                       # hellaswag/utils.py
     ("Rowan/hellaswag",), {"activity_label": "text", "ctx_a": "text", "ctx_b": "text", "endings": ["text"]},
     (("label", lambda row: str(row.get("label")) in map(str, range(len(row["endings"]))),
       "the index of the right one in endings (only the splits train and validation have it)"),),
@@ -621,7 +624,8 @@ HELLASWAG = Task(
                           wikihow(ending)) for ending in row["endings"]],
     gold=lambda row: int(row["label"]))
 
-WINOGRANDE = Task(          # the contexts differ, and what is scored, the rest of the sentence, does not
+# The contexts differ here, and what is scored, the rest of the sentence, does not.
+WINOGRANDE = Task(                      # winogrande/preprocess_winogrande.py
     ("allenai/winogrande", "winogrande_xl"),
     {"sentence": "text", "option1": "text", "option2": "text", "answer": "text"},
     (("sentence", lambda row: "_" in row["sentence"], "text with a _ where the option goes"),
@@ -655,13 +659,13 @@ def truthfulqa(targets):
     return lambda row: [(f"{TRUTHFULQA_EXAMPLES}Q: {row['question']}\nA:", choice)
                         for choice in row[targets]["choices"]]
 
-TRUTHFULQA_MC1 = Task(
+TRUTHFULQA_MC1 = Task(                  # truthfulqa/truthfulqa_mc1.yaml
     ("truthfulqa/truthful_qa", "multiple_choice"),
     {"question": "text", "mc1_targets": {"choices": ["text"], "labels": [0]}},
     (("mc1_targets", lambda row: row["mc1_targets"]["labels"] == [1] + [0] * (
         len(row["mc1_targets"]["choices"]) - 1), "labels 1, 0, 0, ..., one per choice: the first is true"),),
     ("validation", "train"), options=truthfulqa("mc1_targets"))
-TRUTHFULQA_MC2 = replace(
+TRUTHFULQA_MC2 = replace(               # truthfulqa/utils.py
     TRUTHFULQA_MC1, fields={"question": "text", "mc2_targets": {"choices": ["text"], "labels": [0]}},
     rules=(("mc2_targets", lambda row: {*row["mc2_targets"]["labels"]} == {0, 1}, "labels with 1 and 0"),
            ("mc2_targets", lambda row: len(row["mc2_targets"]["labels"]) == len(
@@ -682,7 +686,7 @@ SUBJECTS = {group: names.split() for group, names in {
     "humanities": """formal_logic high_school_european_history high_school_us_history
         high_school_world_history international_law jurisprudence logical_fallacies moral_disputes
         moral_scenarios philosophy prehistory professional_law world_religions"""}.items()}
-MMLU = Task(
+MMLU = Task(                            # mmlu/default/_default_template_yaml
     ("cais/mmlu", "all"), {"subject": "text", "question": "text", "choices": ["text"], "answer": 0},
     (("subject", lambda row: row["subject"] in sum(SUBJECTS.values(), []), "one of MMLU's 57"),
      ("choices", lambda row: len(row["choices"]) == 4, "four texts"),
@@ -741,6 +745,7 @@ def write(task, name, rows, shots, policy, args):
     longest, room = limits(task, name, policy, args)
     stop = () if task.dialogue and chat else task.stop
     torch.manual_seed(args.seed)
+    # A prompt that is too long loses its beginning, as in lm_eval, and is counted.
     responses = generate(policy.model, tokenizer, [row[-room:] for row in ids for _ in range(args.samples)],
                          stop, longest, args.temperature, args.batch_size, name)
     responses = chunks(responses, args.samples)
@@ -793,6 +798,7 @@ def compare(ours, theirs):
     p: of the problems that one model alone gets right, how likely would a fair coin split them as unevenly?
     None unless all values are 0 or 1.
     """
+    # Problems are hard or easy for both models; in a difference that cancels.
     differences, p = [a - b for a, b in zip(ours, theirs)], None
     if {*ours, *theirs} <= {0, 1}:
         wins, losses = differences.count(1), differences.count(-1)
@@ -897,7 +903,7 @@ def read_task(name, task, args):
         if not some or len(examples) < need:
             die(f"{source}, {part}: {len(some)} problems, {len(examples)} rows to draw {need} worked "
                 "examples from: too few")
-        limit = args.limit or len(some)
+        limit = args.limit or len(some)     # of each subject, as in lm_eval
         some = some[:math.ceil(limit * len(some)) if limit < 1 else int(limit)]
         problems, shots = problems + some, shots + draw_shots(examples, k, some, task.draw)
     return problems, shots
@@ -993,6 +999,7 @@ def load(path, args):
     model = model.to(device).eval()
     if tokenizer.eos_token is None:
         die(f"{path}: the tokenizer has no EOS token, a response could not end")
+    # A BOS in front changes every score, so it is said.
     size, first = sum(p.numel() for p in model.parameters()), tokenizer("a").input_ids[0]
     begin = tokenizer.bos_token if first == tokenizer.bos_token_id else "no BOS token"
     print(f"{path}: {size:,} parameters, {model.dtype}, {device}; prompts begin with {begin}"
@@ -1000,6 +1007,7 @@ def load(path, args):
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     config = getattr(model.config, "text_config", None) or model.config
+    # lm_eval's way to find the window, in its order; some tokenizers say 1e30 for "unknown"
     windows = [getattr(config, name, None) for name in ("n_positions", "max_position_embeddings", "n_ctx")]
     windows += [tokenizer.model_max_length] * (tokenizer.model_max_length < 1e29)
     return Policy(path, model, tokenizer, next((window for window in windows if window), 2048))

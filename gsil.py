@@ -102,10 +102,11 @@ def sample(model, prompts, eos_ids, max_new_tokens, temperature, batch, seed):
     """
     responses = [[] for _ in prompts]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))          # similar lengths together
+    # A generator per batch: what is drawn does not depend on what was drawn before, in this run or another.
     for n, rows in enumerate(tqdm(chunks(order, batch), desc="sampling", leave=False, disable=None)):
         generator = torch.Generator(model.device).manual_seed(random.Random(f"{seed} {n}").getrandbits(60))
         ids, mask = collate([([], prompts[i]) for i in rows], model.device, "left")             # (B, P) each
-        cache = None
+        cache = None                                                            # keys and values so far
         for _ in range(max_new_tokens):
             positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1]:]    # pads do not count
             with autocast(model):
@@ -193,7 +194,7 @@ def pair_losses(model, pairs, loss, scale, shift):
     logps = response_logps(model, sum((texts(pairs, side) for side in sides), []))         # (2B,); sft: (B,)
     if loss == "sft":
         return -logps, logps, logps[:0]
-    reference = [pair[f"{side}_reference"] for side in sides for pair in pairs]
+    reference = [pair[f"{side}_reference"] for side in sides for pair in pairs]            # (2B,), as logps
     d_real, d_generated = (logps - torch.tensor(reference, device=model.device)).chunk(2)          # (B,) each
     return LOSSES[loss](scale * d_real + shift, scale * d_generated + shift), d_real, d_generated
 
@@ -205,13 +206,14 @@ def train_round(model, pairs, loss, epochs, args, name, seed):
     recompute(model, args)
     learned = args.shift == "learn"
     shift = torch.tensor(0.0 if learned else args.shift, device=model.device, requires_grad=learned)
+    # The optimizer is fresh in each round; one number, the shift, needs larger steps than many weights.
     groups = [{"params": list(model.parameters())}, {"params": [shift], "lr": args.shift_lr}]
     per_epoch, step, seconds = math.ceil(len(pairs) / args.batch), 0, 0.0
     steps = round(epochs * per_epoch)
     optimizer, schedule = make_optimizer(groups, args.lr, steps, args)
     for epoch in range(1, math.ceil(epochs) + 1):
         order = random.Random(f"{seed} {epoch}").sample(pairs, len(pairs))
-        for batch in chunks(order, args.batch)[:steps - step]:
+        for batch in chunks(order, args.batch)[:steps - step]:          # IRFT may end within an epoch
             total, real, generated, began = 0.0, [], [], time.time()
             # the loss is a mean over pairs; for sft over tokens, as cross-entropy usually is
             weight = sum(len(pair["real_ids"]) for pair in batch) if loss == "sft" else len(batch)
@@ -224,7 +226,7 @@ def train_round(model, pairs, loss, epochs, args, name, seed):
             total, real, generated = added_up(total, real, generated)
             norm = clip_gradients(model, args.clip, shift)
             check_step(model, batch, name, step, total, norm, loss, args.scale, shift.detach())
-            optimizer.step()
+            optimizer.step()                # after the check: a bad step cannot be undone
             optimizer.zero_grad()
             step, seconds = step + 1, seconds + time.time() - began
             if step % 16 == 0 or step % per_epoch == 0 or step == steps:
@@ -294,6 +296,7 @@ def resumed(args, parser):
         parser.error(f"--resume {args.resume}: no args.json there, so it is not the folder of a run")
     if {*saved[0]} != {*vars(args)}:
         parser.error(f"--resume {args.resume}: a run of another script, or of another version of this one")
+    # A flag at its default was most likely not given, so it is no contradiction to that run.
     own = [k for k, v in vars(args).items() if v not in (saved[0].get(k), parser.get_default(k))]
     if set(own) - {"resume", "rounds"}:
         parser.error(f"--resume goes on with the flags of that run; these are others: {', '.join(own)}")
@@ -357,7 +360,7 @@ def shared_out(items, function):
     if world == 1 or not items:
         return function(items, "")
     share = [items[i % len(items)] for i in range(rank, world * math.ceil(len(items) / world), world)]
-    parts = [None] * world
+    parts = [None] * world                  # dealt out like cards: rank r has the items r, r + world, ...
     dist.all_gather_object(parts, function(share, f" rank {rank}" * (rank > 0)))
     return [parts[i % world][i // world] for i in range(len(items))]
 
@@ -365,7 +368,7 @@ def micro_batches(batch, size):
     """This rank's share of a batch, `size` at a time: [(pairs, how many of them count)]; as many parts on
     every rank. size None: all at once."""
     rank, world = ranks()
-    if size or world > 1:       # similar lengths together: less padding, equal work
+    if size or world > 1:                   # similar lengths together: less padding, equal work
         batch = sorted(batch, key=lambda pair: len(pair["prompt_ids"]) + max(
             len(pair["real_ids"]), len(pair.get("generated_ids", ()))))
     share = batch[rank::world]
@@ -395,9 +398,10 @@ def shard(model):
     if ranks()[1] > 1:
         mesh = dist.init_device_mesh(model.device.type, (ranks()[1],))
         for part in (*layers_of(model), model):
-            fully_shard(part, mesh=mesh, reshard_after_forward=True)
+            fully_shard(part, mesh=mesh, reshard_after_forward=True)    # the root, too: by default it stays
 
 def layers_of(model):
+    """The transformer's layers: the first list of modules in a decoder."""
     return next(module for module in model.modules() if isinstance(module, torch.nn.ModuleList))
 
 def recompute(model, args):
@@ -435,6 +439,7 @@ def check_step(model, batch, name, step, total, norm, loss, scale, shift):
     check_finite(f"{name}, step {step + 1}", total, norm, "lower --lr, or --scale if log-ratios are large",
                  lambda: worst_pair(model, batch, loss, scale, shift))
     expected = total if loss == "sft" or step else LOSSES[loss](shift, shift).item()
+    # In bf16 a log-prob depends a little on what else is in the batch.
     if abs(total - expected) > (0.1 if model.device.type == "cuda" else 0.01) * max(1, abs(expected)):
         die(f"{name}: policy and reference disagree: first loss {total:.4f}, it should be {expected:.4f}")
 
@@ -451,6 +456,7 @@ def read_rows(name, split):
     if kind and not Path(name).is_file():
         die(f"{name}: no such file")
     if kind == "jsonl":
+        # bytes, cut at \n alone: a text may contain characters at which str.splitlines would cut, too
         for n, line in enumerate(Path(name).read_bytes().split(b"\n"), 1):
             try:
                 if line.strip():
@@ -473,7 +479,7 @@ def to_messages(place, row):
     if not columns:
         die(f"{place}: found {', '.join(row) if isinstance(row, dict) else row!r}; accepted are the columns "
             + "; ".join(" + ".join(filter(None, pair)) for pair in FORMATS))
-    before, after = columns[0]
+    before, after = columns[0]              # names of columns
     prompt, turns = row.get(before), row[after]
     if before == "instruction" and row.get("input"):
         prompt = f"{prompt}\n\n{row['input']}"
@@ -482,12 +488,13 @@ def to_messages(place, row):
         turns = [{"from": who, "value": text.strip()} for who, text in zip(parts[::2], parts[1::2])]
     elif not isinstance(turns, list):
         turns = [{"role": "assistant", "content": turns}]
+    # Two conventions, role/content and from/value, become one; what is neither is caught below.
     turns = [{"role": ROLES.get(turn.get("from"), turn.get("role", turn.get("from"))),
               "content": turn.get("value", turn.get("content"))} if isinstance(turn, dict) else {"role": None}
              for turn in turns]
     while turns and turns[-1]["role"] != "assistant":       # the last assistant turn is the response
         turns.pop()
-    if before and len(turns) == 1:
+    if before and len(turns) == 1:          # else the conversation in the column has its prompt in it
         turns = (prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]) + turns
     if len(turns) < 2 or not all(isinstance(turn, dict) and turn["role"] and isinstance(turn["content"], str)
                                  and turn["content"].strip() for turn in turns):
@@ -550,7 +557,7 @@ def start(args, label):
         tokenizer.chat_template = bos + template + "{{ messages[1].content if messages[1:] }}"
     if tokenizer.eos_token_id is None or not tokenizer.chat_template:
         die(f"--model {args.model}: the tokenizer lacks an EOS token, or a chat template: --prompt-template")
-    window = getattr(policy.config, "max_position_embeddings", None) or math.inf
+    window = getattr(policy.config, "max_position_embeddings", None) or math.inf        # in tokens
     demos, dev, heldout = [
         path and read_demos(path, read_rows(path, args.split), tokenizer, eos_ids, window, args)
         for path in (args.data, args.dev, args.heldout)]
@@ -583,6 +590,7 @@ def load(kind, path, trust, what="a tokenizer", **more):
 
 def load_model(path, device, trust=False):
     """A causal language model with fp32 weights."""
+    # A weight that the file lacks would be random without a word; one that is NaN would be found much later.
     model, info = load(AutoModelForCausalLM, path, trust, "a causal language model", dtype=torch.float32,
                        use_safetensors=True, output_loading_info=True)
     if bad := [*info["missing_keys"], *(k for k, w in model.named_parameters() if not w.isfinite().all())]:
@@ -631,11 +639,11 @@ def read(path):
 def keep_pairs(run, name, t, demos, make):
     """The pairs of round t from their file, which a resumed run may have; else made, and written there."""
     file, began = run.out / f"round_{t}.partial" / "generated.jsonl", time.time()
-    pairs = read(file)
+    pairs = read(file)                      # training changes nothing in them, so they can be used again
     if len(pairs) != len(demos) * run.samples_per_prompt:
         pairs = make()
         write(file, pairs)
-    start = f"round_{t - 1}" if t > 1 else run.model
+    start = f"round_{t - 1}" if t > 1 else run.model        # one model in three roles, so said three times
     same = fmean(pair["real_ids"] == pair["generated_ids"] for pair in pairs)
     log(run, {"phase": name, "start": start, "negatives from": start, "reference": start,
               "pairs": len(pairs), "identical": same, "seconds": time.time() - began})
@@ -669,7 +677,7 @@ def evaluate(run, name, policy):
     """Log a row of the table, unless a resumed run has it, and the greedy response to the first prompt."""
     if any(record["phase"] == name and "row" in record for record in run.records):
         return
-    row, problems = {"name": name} | dict.fromkeys(COLUMNS), run.heldout or run.demos[:1]
+    row, problems = {"name": name} | dict.fromkeys(COLUMNS), run.heldout or run.demos[:1]   # to say something
     greedy, first = answers(run, policy, problems, 0)
     if run.heldout:
         sampled, ids = answers(run, policy, problems, 1)
@@ -687,6 +695,7 @@ def sft_baseline(run, args, epochs):
     """SFT from the same start; its best epoch on dev, without --dev the last. At least our compute: a step
     on pairs has two responses for its one, and sampling costs about as much as a third."""
     policy, best = load_model(args.model, run.device, run.trust_remote_code), -1
+    # Records come every 16 steps, too; between epochs the generator waits, and the policy can be asked.
     for record in train_round(policy, run.demos, "sft", epochs, args, "sft", f"{args.seed} sft"):
         if record["epoch"] % 1 == 0:
             record["dev_accuracy"] = dev = run.dev and answers(run, policy, run.dev, 0)[0]
@@ -702,6 +711,7 @@ def warnings(records):
     before, now = rounds[-2:] if len(rounds) > 1 else rounds * 2
     ours = [record for record in records if record["phase"] == now["phase"]]
     real, found = [record["real"] for record in ours if "generated" in record], []
+    # The last quarter of the round against its first half; a nat is more than noise.
     if len(real) >= 4 and fmean(real[-(len(real) // 4):]) < min(-1, fmean(real[:len(real) // 2])):
         found.append("real responses keep getting less likely: lower --lr, raise --scale, use --loss kliep")
     if any(record.get("identical", 0) > 0.5 for record in ours):
@@ -715,7 +725,7 @@ def warnings(records):
 def summarize(run):
     """Print the table, write summary.json: its rows, and the round best on dev (without --dev the last)."""
     done = [record for record in run.records if "row" in record]
-    rounds = [record for record in done if record["phase"] not in ("base", "sft")][::-1]
+    rounds = [record for record in done if record["phase"] not in ("base", "sft")][::-1]    # latest first
     best = max(rounds, key=lambda record: record["dev_accuracy"] or 0, default={"phase": None})["phase"]
     summary = {"rows": [record["row"] for record in done], "best": best}
     write(run.out / "summary.json", [summary])

@@ -126,10 +126,11 @@ def sample(model, prompts, eos_ids, max_new_tokens, temperature, batch, seed):
     """
     responses = [[] for _ in prompts]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))          # similar lengths together
+    # A generator per batch: what is drawn does not depend on what was drawn before, in this run or another.
     for n, rows in enumerate(tqdm(chunks(order, batch), desc="sampling", leave=False, disable=None)):
         generator = torch.Generator(model.device).manual_seed(random.Random(f"{seed} {n}").getrandbits(60))
         ids, mask = collate([([], prompts[i]) for i in rows], model.device, "left")             # (B, P) each
-        cache = None
+        cache = None                                                            # keys and values so far
         for _ in range(max_new_tokens):
             positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1]:]    # pads do not count
             with autocast(model):
@@ -199,7 +200,7 @@ def pair_losses(model, pairs, loss, scale, shift):
     logps = response_logps(model, sum((texts(pairs, side) for side in sides), []))         # (2B,); sft: (B,)
     if loss == "sft":
         return -logps, logps, logps[:0]
-    reference = [pair[f"{side}_reference"] for side in sides for pair in pairs]
+    reference = [pair[f"{side}_reference"] for side in sides for pair in pairs]            # (2B,), as logps
     d_real, d_generated = (logps - torch.tensor(reference, device=model.device)).chunk(2)          # (B,) each
     return LOSSES[loss](scale * d_real + shift, scale * d_generated + shift), d_real, d_generated
 
@@ -211,13 +212,14 @@ def train_round(model, pairs, loss, epochs, args, name, seed):
     recompute(model, args)
     learned = args.shift == "learn"
     shift = torch.tensor(0.0 if learned else args.shift, device=model.device, requires_grad=learned)
+    # The optimizer is fresh in each round; one number, the shift, needs larger steps than many weights.
     groups = [{"params": list(model.parameters())}, {"params": [shift], "lr": args.shift_lr}]
     per_epoch, step, seconds = math.ceil(len(pairs) / args.batch), 0, 0.0
     steps = round(epochs * per_epoch)
     optimizer, schedule = make_optimizer(groups, args.lr, steps, args)
     for epoch in range(1, math.ceil(epochs) + 1):
         order = random.Random(f"{seed} {epoch}").sample(pairs, len(pairs))
-        for batch in chunks(order, args.batch)[:steps - step]:
+        for batch in chunks(order, args.batch)[:steps - step]:          # IRFT may end within an epoch
             total, real, generated, began = 0.0, [], [], time.time()
             # the loss is a mean over pairs; for sft over tokens, as cross-entropy usually is
             weight = sum(len(pair["real_ids"]) for pair in batch) if loss == "sft" else len(batch)
@@ -230,7 +232,7 @@ def train_round(model, pairs, loss, epochs, args, name, seed):
             total, real, generated = added_up(total, real, generated)
             norm = clip_gradients(model, args.clip, shift)
             check_step(model, batch, name, step, total, norm, loss, args.scale, shift.detach())
-            optimizer.step()
+            optimizer.step()                # after the check: a bad step cannot be undone
             optimizer.zero_grad()
             step, seconds = step + 1, seconds + time.time() - began
             if step % 16 == 0 or step % per_epoch == 0 or step == steps:
@@ -280,7 +282,7 @@ def fit_reward(model, pairs, preferences, args, name, seed):
     for step in range(1, args.reward_steps + 1):
         total, margins, began = 0.0, [], time.time()
         for source, weight in parts:
-            batch = rng.sample(source, min(args.batch, len(source)))
+            batch = rng.sample(source, min(args.batch, len(source)))        # drawn anew, not by epochs
             for part, count in micro_batches(batch, args.micro_batch) if batch else ():
                 both = texts(part, "real") + texts(part, "generated")
                 r_real, r_generated = reward(model, both).chunk(2)                          # (B,) each
@@ -343,9 +345,9 @@ def improve_policy(policy, start_policy, reward_model, run, name, seed):
         responses = respond(policy, prompts, run, 1.0, f"{seed} {step}")
         both = list(zip(prompts, responses))                                                # B of them
         r, kl, objective, old_logps = judge(policy, start_policy, reward_model, both, run)
-        gains = advantages(objective.view(-1, run.group_size)).flatten()                    # (B,)
-        for _ in range(run.ppo_epochs):
-            total = 0.0
+        gains = advantages(objective.view(-1, run.group_size)).flatten()        # (B,) -> (P, S) -> (B,)
+        for _ in range(run.ppo_epochs):     # once: REINFORCE; more: the policy leaves its samples behind,
+            total = 0.0                     # so their ratio matters, and its clipping
             for rows in chunks(range(rank, len(both), world), run.micro_batch or len(both)):
                 logps = response_logps(policy, [both[i] for i in rows])
                 old, gain = (values[list(rows)].to(policy.device) for values in (old_logps, gains))
@@ -370,6 +372,7 @@ def rft_round(policy, run, pairs, t, seed):
     name, past = f"rft {t}", run.out / f"round_{t - 1}"
     reward_model, tokenizer = load_reward(past / "reward" if t > 1 else run.reward_model or run.model, run)
     start_policy = load_model(run.model, run.device, run.trust_remote_code)    # frozen: the third model
+    # Only generated.jsonl knows the pairs of past rounds: a resumed run was not there when they were made.
     if run.reward_pairs == "all":
         pairs = sum((read(run.out / f"round_{k}" / "generated.jsonl") for k in range(1, t)), pairs)
     yield from fit_reward(reward_model, pairs, run.preferences, run, name, seed)
@@ -436,11 +439,12 @@ def main(args):
     for t in range(1, (args.chunks if irft else args.rounds) + 1):
         name, seed, folder = f"{args.method} {t}", f"{args.seed} round {t}", run.out / f"round_{t}"
         if not folder.exists():             # a resumed run may have this round behind it
-            demos = run.demos[t - 1::args.chunks] if irft else run.demos        # IRFT: every T-th of them
+            demos = run.demos[t - 1::args.chunks] if irft else run.demos        # a chunk: every T-th of them
             if run.lora_rank:
                 add_lora(policy, run.lora_rank, seed)
             pairs = keep_pairs(run, name, t, demos, lambda: self_play(policy, run, demos, seed))
             if irft:
+                # steps as a part of an epoch: one loop for both ways of counting
                 epochs = (args.steps_per_chunk or 0) / math.ceil(len(pairs) / args.batch) or args.epochs
                 records = train_round(policy, pairs, args.loss, epochs, args, name, seed)
             else:
@@ -495,6 +499,7 @@ def resumed(args, parser):
         parser.error(f"--resume {args.resume}: no args.json there, so it is not the folder of a run")
     if {*saved[0]} != {*vars(args)}:
         parser.error(f"--resume {args.resume}: a run of another script, or of another version of this one")
+    # A flag at its default was most likely not given, so it is no contradiction to that run.
     own = [k for k, v in vars(args).items() if v not in (saved[0].get(k), parser.get_default(k))]
     if set(own) - {"resume", "rounds"}:
         parser.error(f"--resume goes on with the flags of that run; these are others: {', '.join(own)}")
@@ -558,7 +563,7 @@ def shared_out(items, function):
     if world == 1 or not items:
         return function(items, "")
     share = [items[i % len(items)] for i in range(rank, world * math.ceil(len(items) / world), world)]
-    parts = [None] * world
+    parts = [None] * world                  # dealt out like cards: rank r has the items r, r + world, ...
     dist.all_gather_object(parts, function(share, f" rank {rank}" * (rank > 0)))
     return [parts[i % world][i // world] for i in range(len(items))]
 
@@ -566,7 +571,7 @@ def micro_batches(batch, size):
     """This rank's share of a batch, `size` at a time: [(pairs, how many of them count)]; as many parts on
     every rank. size None: all at once."""
     rank, world = ranks()
-    if size or world > 1:       # similar lengths together: less padding, equal work
+    if size or world > 1:                   # similar lengths together: less padding, equal work
         batch = sorted(batch, key=lambda pair: len(pair["prompt_ids"]) + max(
             len(pair["real_ids"]), len(pair.get("generated_ids", ()))))
     share = batch[rank::world]
@@ -596,9 +601,10 @@ def shard(model):
     if ranks()[1] > 1:
         mesh = dist.init_device_mesh(model.device.type, (ranks()[1],))
         for part in (*layers_of(model), model):
-            fully_shard(part, mesh=mesh, reshard_after_forward=True)
+            fully_shard(part, mesh=mesh, reshard_after_forward=True)    # the root, too: by default it stays
 
 def layers_of(model):
+    """The transformer's layers: the first list of modules in a decoder."""
     return next(module for module in model.modules() if isinstance(module, torch.nn.ModuleList))
 
 def recompute(model, args):
@@ -636,6 +642,7 @@ def check_step(model, batch, name, step, total, norm, loss, scale, shift):
     check_finite(f"{name}, step {step + 1}", total, norm, "lower --lr, or --scale if log-ratios are large",
                  lambda: worst_pair(model, batch, loss, scale, shift))
     expected = total if loss == "sft" or step else LOSSES[loss](shift, shift).item()
+    # In bf16 a log-prob depends a little on what else is in the batch.
     if abs(total - expected) > (0.1 if model.device.type == "cuda" else 0.01) * max(1, abs(expected)):
         die(f"{name}: policy and reference disagree: first loss {total:.4f}, it should be {expected:.4f}")
 
@@ -652,6 +659,7 @@ def read_rows(name, split):
     if kind and not Path(name).is_file():
         die(f"{name}: no such file")
     if kind == "jsonl":
+        # bytes, cut at \n alone: a text may contain characters at which str.splitlines would cut, too
         for n, line in enumerate(Path(name).read_bytes().split(b"\n"), 1):
             try:
                 if line.strip():
@@ -674,7 +682,7 @@ def to_messages(place, row):
     if not columns:
         die(f"{place}: found {', '.join(row) if isinstance(row, dict) else row!r}; accepted are the columns "
             + "; ".join(" + ".join(filter(None, pair)) for pair in FORMATS))
-    before, after = columns[0]
+    before, after = columns[0]              # names of columns
     prompt, turns = row.get(before), row[after]
     if before == "instruction" and row.get("input"):
         prompt = f"{prompt}\n\n{row['input']}"
@@ -683,12 +691,13 @@ def to_messages(place, row):
         turns = [{"from": who, "value": text.strip()} for who, text in zip(parts[::2], parts[1::2])]
     elif not isinstance(turns, list):
         turns = [{"role": "assistant", "content": turns}]
+    # Two conventions, role/content and from/value, become one; what is neither is caught below.
     turns = [{"role": ROLES.get(turn.get("from"), turn.get("role", turn.get("from"))),
               "content": turn.get("value", turn.get("content"))} if isinstance(turn, dict) else {"role": None}
              for turn in turns]
     while turns and turns[-1]["role"] != "assistant":       # the last assistant turn is the response
         turns.pop()
-    if before and len(turns) == 1:
+    if before and len(turns) == 1:          # else the conversation in the column has its prompt in it
         turns = (prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]) + turns
     if len(turns) < 2 or not all(isinstance(turn, dict) and turn["role"] and isinstance(turn["content"], str)
                                  and turn["content"].strip() for turn in turns):
@@ -751,7 +760,7 @@ def start(args, label):
         tokenizer.chat_template = bos + template + "{{ messages[1].content if messages[1:] }}"
     if tokenizer.eos_token_id is None or not tokenizer.chat_template:
         die(f"--model {args.model}: the tokenizer lacks an EOS token, or a chat template: --prompt-template")
-    window = getattr(policy.config, "max_position_embeddings", None) or math.inf
+    window = getattr(policy.config, "max_position_embeddings", None) or math.inf        # in tokens
     demos, dev, heldout = [
         path and read_demos(path, read_rows(path, args.split), tokenizer, eos_ids, window, args)
         for path in (args.data, args.dev, args.heldout)]
@@ -784,6 +793,7 @@ def load(kind, path, trust, what="a tokenizer", **more):
 
 def load_model(path, device, trust=False):
     """A causal language model with fp32 weights."""
+    # A weight that the file lacks would be random without a word; one that is NaN would be found much later.
     model, info = load(AutoModelForCausalLM, path, trust, "a causal language model", dtype=torch.float32,
                        use_safetensors=True, output_loading_info=True)
     if bad := [*info["missing_keys"], *(k for k, w in model.named_parameters() if not w.isfinite().all())]:
@@ -800,7 +810,7 @@ def load_reward(path, run):
         die(f"--reward-model {path}: its tokenizer differs from that of {run.model}; both must read one text")
     if set(info["missing_keys"]) - {"score.weight"}:
         die(f"--reward-model {path}: lacks the weights {', '.join(sorted(info['missing_keys']))}")
-    if info["missing_keys"]:
+    if info["missing_keys"]:                # at zero no response is preferred, and nothing is random
         torch.nn.init.zeros_(model.score.weight)
     # transformers reads a classifier at the last token that is not a pad: an EOS must not be one
     if tokenizer.pad_token_id in {None, *run.eos_ids}:
@@ -808,7 +818,7 @@ def load_reward(path, run):
         tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
         model.resize_token_embeddings(max(len(tokenizer), model.get_input_embeddings().num_embeddings))
     model.config.pad_token_id = tokenizer.pad_token_id
-    layers = layers_of(model)
+    layers = layers_of(model)               # the first ones, nearest to the tokens, are frozen
     for layer in layers[:round(run.freeze_layers * len(layers))]:
         layer.requires_grad_(False)
     return model.to(run.device).eval(), tokenizer
@@ -836,7 +846,7 @@ def measures(r, kl, responses, run):
 
 def report(policy, start_policy, reward_model, run, name, seed):
     """Dev demonstrations against fresh samples: does the reward tell them apart, how far are we?"""
-    problems = (run.dev or run.demos)[:500]
+    problems = (run.dev or run.demos)[:500]                 # enough for two digits
     prompts = [problem["prompt_ids"] for problem in problems]
     responses = respond(policy, prompts, run, 1.0, seed)
     r, kl, objective, _ = judge(policy, start_policy, reward_model, list(zip(prompts, responses)), run)
@@ -904,11 +914,11 @@ def read(path):
 def keep_pairs(run, name, t, demos, make):
     """The pairs of round t from their file, which a resumed run may have; else made, and written there."""
     file, began = run.out / f"round_{t}.partial" / "generated.jsonl", time.time()
-    pairs = read(file)
+    pairs = read(file)                      # training changes nothing in them, so they can be used again
     if len(pairs) != len(demos) * run.samples_per_prompt:
         pairs = make()
         write(file, pairs)
-    start = f"round_{t - 1}" if t > 1 else run.model
+    start = f"round_{t - 1}" if t > 1 else run.model        # one model in three roles, so said three times
     same = fmean(pair["real_ids"] == pair["generated_ids"] for pair in pairs)
     log(run, {"phase": name, "start": start, "negatives from": start, "reference": start,
               "pairs": len(pairs), "identical": same, "seconds": time.time() - began})
@@ -942,7 +952,7 @@ def evaluate(run, name, policy):
     """Log a row of the table, unless a resumed run has it, and the greedy response to the first prompt."""
     if any(record["phase"] == name and "row" in record for record in run.records):
         return
-    row, problems = {"name": name} | dict.fromkeys(COLUMNS), run.heldout or run.demos[:1]
+    row, problems = {"name": name} | dict.fromkeys(COLUMNS), run.heldout or run.demos[:1]   # to say something
     greedy, first = answers(run, policy, problems, 0)
     if run.heldout:
         sampled, ids = answers(run, policy, problems, 1)
@@ -960,6 +970,7 @@ def sft_baseline(run, args, epochs):
     """SFT from the same start; its best epoch on dev, without --dev the last. At least our compute: a step
     on pairs has two responses for its one, and sampling costs about as much as a third."""
     policy, best = load_model(args.model, run.device, run.trust_remote_code), -1
+    # Records come every 16 steps, too; between epochs the generator waits, and the policy can be asked.
     for record in train_round(policy, run.demos, "sft", epochs, args, "sft", f"{args.seed} sft"):
         if record["epoch"] % 1 == 0:
             record["dev_accuracy"] = dev = run.dev and answers(run, policy, run.dev, 0)[0]
@@ -975,6 +986,7 @@ def warnings(records):
     before, now = rounds[-2:] if len(rounds) > 1 else rounds * 2
     ours = [record for record in records if record["phase"] == now["phase"]]
     real, found = [record["real"] for record in ours if "generated" in record], []
+    # The last quarter of the round against its first half; a nat is more than noise.
     if len(real) >= 4 and fmean(real[-(len(real) // 4):]) < min(-1, fmean(real[:len(real) // 2])):
         found.append("real responses keep getting less likely: lower --lr, raise --scale, use --loss kliep")
     if any(record.get("identical", 0) > 0.5 for record in ours):
@@ -988,7 +1000,7 @@ def warnings(records):
 def summarize(run):
     """Print the table, write summary.json: its rows, and the round best on dev (without --dev the last)."""
     done = [record for record in run.records if "row" in record]
-    rounds = [record for record in done if record["phase"] not in ("base", "sft")][::-1]
+    rounds = [record for record in done if record["phase"] not in ("base", "sft")][::-1]    # latest first
     best = max(rounds, key=lambda record: record["dev_accuracy"] or 0, default={"phase": None})["phase"]
     summary = {"rows": [record["row"] for record in done], "best": best}
     write(run.out / "summary.json", [summary])
