@@ -51,9 +51,8 @@ from jinja2 import TemplateError
 from safetensors import SafetensorError
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification,
-                          AutoTokenizer)
-from transformers.cache_utils import DynamicLayer
+from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer)
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.utils import logging as hf_logging
 
 TOY = Path(__file__).parent / "tests" / "toy"
@@ -61,7 +60,8 @@ TOY = Path(__file__).parent / "tests" / "toy"
 
 def parse_args(argv=None):
     """Flags -> Namespace; tasks becomes a list, data a dict."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter,
+                                     usage="%(prog)s [flags]; --help lists them")
     flag = parser.add_argument
     # who is asked what
     flag("--model", default=str(TOY / "base"), help="folder or Hub name")
@@ -84,7 +84,7 @@ def parse_args(argv=None):
     flag("--seed", type=number(int, 0), default=0, help="of samples, which depend on --batch-size too")
     flag("--allow-code-execution", action="store_true", help="run what the model writes; not in a sandbox")
     # the run
-    flag("--batch-size", type=number(int, 1), default=16, help="prompts at a time: only speed and memory")
+    flag("--batch-size", type=number(int, 1), default=16, help="prompts at a time: speed, memory, the draws")
     flag("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto", help="auto: as saved")
     flag("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto", help="auto: the first there is")
     flag("--trust-remote-code", action="store_true", help="run code that comes with a model")
@@ -97,8 +97,8 @@ def parse_args(argv=None):
 def draw_shots(pool, k, rows, draw="random"):
     """k worked examples for each row, from one stream with lm_eval's seed: the order of rows matters.
 
-    draw: "random"; "others": the row itself may be in the pool, so one more is drawn and it is left out;
-    "first": the pool's first k for every row.
+    draw: "random"; "first": the pool's first k for every row; "others": one more, and the row itself is left
+    out. lm_eval does that wherever a task names no test split, though the pool is another split then, too.
     """
     stream, drawn = random.Random(1234), []
     for row in rows:
@@ -113,18 +113,19 @@ def draw_shots(pool, k, rows, draw="random"):
         drawn.append(some)
     return drawn
 
-def plain_prompt(task, row, shots, question=None):
-    """'Question: 1+1?\\nAnswer: 2\\n\\n' per example, then 'Question: 2+2?\\nAnswer:' without a blank."""
-    examples = [f"{asked} {answer}\n\n" for asked, answer in map(task.example, shots)]
-    return task.describe(row) + "".join(examples) + (question or task.question(row)) + task.begin(row)
+def build_prompt(task, row, shots, question, tokenizer=None):
+    """'Question: 1+1?\\nAnswer: 2\\n\\n' per example, then 'Question: 2+2?\\nAnswer:' without a blank.
 
-def chat_prompt(task, row, shots, tokenizer, question=None):
-    """The same as a conversation: an example is a turn of each side, a begun answer is the assistant's."""
-    described, begun = task.describe(row), task.begin(row)
+    With a tokenizer as a conversation in its chat template: an example is a turn of each side, a begun answer
+    is the assistant's.
+    """
+    described, begun, examples = task.describe(row), task.begin(row), [*map(task.example, shots)]
+    if not tokenizer:
+        return described + "".join(f"{asked} {answer}\n\n" for asked, answer in examples) + question + begun
     turns = [("system", described)] if described else []        # only MMLU describes itself
-    for asked, answer in map(task.example, shots):
+    for asked, answer in examples:
         turns += [("user", asked), ("assistant", answer)]
-    turns += task.dialogue(row) if task.dialogue else [("user", question or task.question(row))]
+    turns += task.dialogue(row) if task.dialogue else [("user", question)]
     turns += [("assistant", begun)] if begun else []
     return render(tokenizer, turns)
 
@@ -164,21 +165,29 @@ def generate(model, tokenizer, prompts, stop, max_new_tokens, temperature, batch
                                return_tensors="pt").to(model.device)        # ids and mask, (B, P) each
         width = padded.input_ids.shape[1]
 
-        def stopped(ids, scores, **_):          # (B, T) -> (B,): saves time, `cut` decides
+        def stopped(ids, scores, **_):          # (B, T) -> (B,): saves time, `cut` decides; generate's own
+            # stop_strings would also match across the end of the prompt
             tails = tokenizer.batch_decode(ids[:, max(width, ids.shape[1] - reach):])
             return torch.tensor([any(text in tail for text in stop) for tail in tails], device=ids.device)
 
-        def checked(ids, logits):               # (B, V): the argmax of NaNs would be taken for an answer
-            return logits if not logits.isnan().any() else die(
-                f"{name}: the model's logits are NaN: broken weights, or a --dtype of too small range")
-
         out = model.generate(**padded, max_new_tokens=max_new_tokens, do_sample=temperature > 0,
                              temperature=temperature or None, top_k=0, top_p=1.0, eos_token_id=sorted(ends),
-                             pad_token_id=tokenizer.pad_token_id, use_cache=True,
-                             stopping_criteria=[stopped], logits_processor=[checked])       # (B, P + R)
+                             pad_token_id=tokenizer.pad_token_id, use_cache=True, stopping_criteria=[stopped],
+                             logits_processor=[lambda ids, logits: no_nan(logits, name)])   # (B, P + R)
         for i, text in zip(rows, tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)):
             responses[i] = cut(text, stop)
     return responses
+
+def pad(rows, side, device):
+    """[[5, 6], [7]] -> ids [[5, 6], [7, 0]], mask [[1, 1], [1, 0]] for side "right"; (B, T), long."""
+    ids = [torch.tensor(row, dtype=torch.long) for row in rows]
+    masks = [torch.ones_like(row) for row in ids]
+    return [pad_sequence(part, batch_first=True, padding_side=side).to(device) for part in (ids, masks)]
+
+def no_nan(logits, name):
+    """The argmax of NaNs would be taken for an answer. Any shape."""
+    return logits if not logits.isnan().any() else die(
+        f"{name}: the model's logits are NaN: broken weights, or a --dtype of too small range")
 
 def cut(text, stop):
     """cut('18\\n\\nQ: Why?', ['Q:', '\\n\\n']) -> '18'."""
@@ -190,50 +199,40 @@ def cut(text, stop):
 # ---- 3. Choices: which continuation is the likeliest? ------------------------------------------------------
 
 def encode_pair(tokenizer, context, continuation):
-    """Ids of both, and how many of them are the continuation's; blanks that end a context belong to those.
+    """Ids of both; blanks that end a context belong to the continuation.
 
     Both are encoded as one text and cut where the context alone would end. A token that spans the cut is
     scored by its part behind it, as lm_eval does.
     """
     start = encode(tokenizer, context.rstrip())
-    scored = encode(tokenizer, context + continuation)[len(start):]
-    return start + scored, len(scored)
-
-def pad(rows, side, device):
-    """[[5, 6], [7]] -> ids [[5, 6], [7, 0]], mask [[1, 1], [1, 0]] for side "right"; (B, T), long."""
-    ids = [torch.tensor(row, dtype=torch.long) for row in rows]
-    masks = [torch.ones_like(row) for row in ids]
-    return [pad_sequence(part, batch_first=True, padding_side=side).to(device) for part in (ids, masks)]
+    return start, encode(tokenizer, context + continuation)[len(start):]
 
 @torch.no_grad()
 def loglikelihoods(model, problems, batch, name=""):
-    """log p(continuation | context) in nats: [[(ids, n) per choice] per problem] -> floats of that shape.
+    """log p(continuation | context) in nats: [[(ids, ids) per choice] per problem] -> floats of that shape.
 
-    The last n ids of a choice are scored. The model reads what all choices of a problem begin with once;
-    their rests go on from its cache. Where the rests are one token each, the first pass has all there is.
+    A context that choices of a problem have in common is read once; their continuations go on from its cache.
+    Where these are one token each, the first pass has all there is.
     """
-    parts = []                              # (prefix, [(problem, choice), ...] that begin with it)
+    readers = {}                            # (problem, context) -> the choices that go on from it
     for p, choices in enumerate(problems):
-        shared = len(os.path.commonprefix([ids[:-1] for ids, _ in choices]))
-        shared = min([shared, *(len(ids) - n for ids, n in choices)])       # what is scored is not in it
-        if shared:
-            parts.append((choices[0][0][:shared], [(p, c) for c in range(len(choices))]))
-        else:                               # the window has cut them at different places
-            parts += [(ids[:len(ids) - n], [(p, c)]) for c, (ids, n) in enumerate(choices)]
-    parts.sort(key=lambda part: -len(part[0]))              # the longest first, as in generate
-    values, most = [[0.0] * len(choices) for choices in problems], max(len(who) for _, who in parts)
+        for c, (context, _) in enumerate(choices):
+            readers.setdefault((p, tuple(context)), []).append(c)
+    parts = sorted(readers.items(), key=lambda part: -len(part[0][1]))      # longest first, as in generate
+    values, most = [[0.0] * len(choices) for choices in problems], max(map(len, readers.values()))
     for some in tqdm(chunks(parts, max(1, batch // most)), desc=name, leave=False, disable=None):
-        ids, mask = pad([prefix for prefix, _ in some], "left", model.device)                   # (B, P) each
+        ids, mask = pad([context for (_, context), _ in some], "left", model.device)            # (B, P) each
         positions = (mask.cumsum(1) - 1).clamp(min=0)           # pads do not count
         out = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True,
                     logits_to_keep=1)
         cache = getattr(out, "past_key_values", None)
-        if not all(isinstance(layer, DynamicLayer) for layer in getattr(cache, "layers", [None])):
+        kinds = {type(layer) for layer in getattr(cache, "layers", [None])}
+        if not kinds <= {DynamicLayer, DynamicSlidingWindowLayer}:          # a hybrid is a DynamicLayer, too
             die(f"{name}: the model has states other than keys and values, as Mamba: pads would change them")
-        # A row of the batch, with its cache, is repeated for each choice that begins with it.
-        owner = [b for b, (_, who) in enumerate(some) for _ in who]                             # C choices
-        choices = [(p, c) for _, who in some for p, c in who]
-        rests = [problems[p][c][0][len(some[b][0]):] for b, (p, c) in zip(owner, choices)]
+        # A row of the batch, with its cache, is repeated for each choice that goes on from it: B become C.
+        owner = [b for b, (_, cs) in enumerate(some) for _ in cs]
+        asked = [(p, c) for (p, _), cs in some for c in cs]
+        rests = [problems[p][c][1] for p, c in asked]
         logits = out.logits[owner]                                                              # (C, 1, V)
         if max(map(len, rests)) > 1:
             ids, rest_mask = pad([rest[:-1] for rest in rests], "right", model.device)          # (C, R) each
@@ -242,13 +241,9 @@ def loglikelihoods(model, problems, batch, name=""):
             more = model(input_ids=ids, attention_mask=mask, past_key_values=cache,
                          position_ids=(mask.cumsum(1) - 1)[:, -ids.shape[1]:]).logits           # (C, R, V)
             logits = torch.cat([logits, more], 1)               # at t they predict token t of the rest
-        logps = logits.log_softmax(-1)                          # in the model's dtype, as in lm_eval
-        for (p, c), rest, row in zip(choices, rests, logps):
-            n = problems[p][c][1]
-            scored = range(len(rest) - n, len(rest))
-            values[p][c] = row[scored, rest[-n:]].sum().item()
-            if math.isnan(values[p][c]):    # the argmax of NaNs would be taken for a choice
-                die(f"{name}: the model's logits are NaN: broken weights, or a --dtype of too small range")
+        logps = no_nan(logits.log_softmax(-1), name)            # in the model's dtype, as in lm_eval
+        for (p, c), rest, row in zip(asked, rests, logps):
+            values[p][c] = row[range(len(rest)), rest].sum().item()
     return values
 
 def best(values):
@@ -269,20 +264,18 @@ def choose(task, name, rows, shots, policy, args):
     """A sample per row: contexts (mostly one), continuations, their log-likelihoods, metrics."""
     samples, problems = [], []
     for row, some in zip(rows, shots):
-        # Most tasks ask one question for all choices; WinoGrande's contexts differ.
-        contexts = {question: chat_prompt(task, row, some, policy.tokenizer, question) if args.chat
-                    else plain_prompt(task, row, some, question) for question, _ in task.options(row)}
-        pairs = [(contexts[question], choice if args.chat else f" {choice}")
-                 for question, choice in task.options(row)]
-        encoded = [encode_pair(policy.tokenizer, *pair) for pair in pairs]
-        for pair, (ids, n) in zip(pairs, encoded):
-            if not 0 < n <= min(policy.window, len(ids) - 1):
-                die(f"{name}: {n} tokens to score should be 1 to {policy.window}, the model's window, after "
-                    f"at least 1 of context: {pair[1]!r:.200} after {pair[0][-100:]!r}")
+        prompts = [build_prompt(task, row, some, question, args.chat and policy.tokenizer)
+                   for question, _ in task.options(row)]
+        said = [choice if args.chat else f" {choice}" for _, choice in task.options(row)]
+        pairs = [encode_pair(policy.tokenizer, *pair) for pair in zip(prompts, said)]
+        for prompt, text, (context, rest) in zip(prompts, said, pairs):
+            if not (context and 0 < len(rest) <= policy.window):
+                die(f"{name}: {len(rest)} tokens to score should be 1 to {policy.window}, the model's "
+                    f"window, after at least 1 of context: {text!r:.200} after {prompt[-100:]!r}")
         # One more than the window: the last token is predicted and never read.
-        problems.append([(ids[-policy.window - 1:], n) for ids, n in encoded])
-        samples.append({"prompts": [*contexts.values()], "continuations": [text for _, text in pairs],
-                        "truncated": max(len(ids) for ids, _ in encoded) > policy.window + 1})
+        problems.append([(context[-(policy.window + 1 - len(rest)):], rest) for context, rest in pairs])
+        samples.append({"prompts": [*dict.fromkeys(prompts)], "continuations": said,
+                        "truncated": max(len(context + rest) for context, rest in pairs) > policy.window + 1})
     found = loglikelihoods(policy.model, problems, args.batch_size, name)
     for row, lls, sample in zip(rows, found, samples):
         choices, gold = [choice for _, choice in task.options(row)], task.gold(row)
@@ -324,7 +317,8 @@ def score_answers(task, rows, responses):
 
 # ---- 5. Programs: do they pass their tests? ----------------------------------------------------------------
 
-SECONDS = 3.0       # of CPU time for a program, as code_eval allows; by the clock one more, to start Python
+# code_eval gives 3 s by the clock. Here Python starts in it, too: 4 s, both of CPU time and by the clock.
+SECONDS = 3.0
 
 # A program's own process: its limits, then no input and no output, then the program. Only one that comes to
 # its end has the nonce said for it: neither an exception nor sys.exit(0) gets there.
@@ -356,7 +350,7 @@ def passes(program, seconds=SECONDS):
                                  start_new_session=True)
         try:
             said = child.communicate(json.dumps([program, nonce, seconds]), timeout=seconds + 1)[0]
-        except (subprocess.TimeoutExpired, BrokenPipeError, UnicodeDecodeError):
+        except (subprocess.TimeoutExpired, UnicodeDecodeError):
             said = ""
         finally:
             with suppress(ProcessLookupError):
@@ -396,7 +390,9 @@ def read_dialogue(row):
         before, mark, response = response.rpartition("\n\nAssistant:")
         text = before + mark
     elif not text.startswith("\n\nHuman:"):
-        text = f"\n\nHuman: {text}\n\nAssistant:"
+        text = f"\n\nHuman: {text}"
+    if not text.rstrip().endswith("\n\nAssistant:"):
+        text += "\n\nAssistant:"
     parts = re.split(r"\n\n(Human|Assistant):", text)[1:]
     turns = [("user" if who == "Human" else "assistant", said.strip())
              for who, said in zip(parts[::2], parts[1::2])]
@@ -423,24 +419,15 @@ def reward_ids(tokenizer, beaver, turns, response):
 
 def load_reward(path, args):
     """Classifier with one output, its tokenizer, and whether it is of beaver's kind."""
-    hf_logging.set_verbosity_error()        # transformers would only warn of a missing head
-    try:
-        kinds = AutoConfig.from_pretrained(path, trust_remote_code=args.trust_remote_code).architectures or []
-        beaver = any("ForScore" in kind for kind in kinds)      # safe-rlhf's class: other names, own format
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=args.trust_remote_code)
-        model, info = AutoModelForSequenceClassification.from_pretrained(
-            path, num_labels=1, dtype=args.dtype, output_loading_info=True, use_safetensors=True,
-            trust_remote_code=args.trust_remote_code,
-            key_mapping={"^score_head": "score"} if beaver else None)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        die(f"--reward-model {path}: not a classifier with one label: {str(error).strip().splitlines()[0]}")
-    if info["missing_keys"]:
-        die(f"--reward-model {path}: lacks {', '.join(sorted(info['missing_keys']))}: they would be random")
+    # beaver's class, of safe-rlhf, names its head otherwise and reads conversations in a format of its own
+    model, tokenizer = load_both(AutoModelForSequenceClassification, path, "a classifier with one label",
+                                 args, num_labels=1, key_mapping={"^score_head": "score"})
+    beaver = any("ForScore" in kind for kind in model.config.architectures or [])
     if not beaver and not tokenizer.chat_template:
         die(f"--reward-model {path}: has no chat template, so how it reads a conversation is not known")
     print(f"{path}: reads {'beaver prompts' if beaver else 'its chat template'}, up to EOS")
     model.config.get_text_config().pad_token_id = None          # else it might read before an EOS that is pad
-    return model.eval(), tokenizer, beaver
+    return model, tokenizer, beaver
 
 @torch.no_grad()
 def rewards(model, tokenizer, beaver, pairs):
@@ -466,15 +453,12 @@ def duel(ours, theirs):
 
 def judge(outcome, rows, reward_model, args):
     """Adds the duel of our responses with those of --compare, or with the data's own."""
-    dialogues = [read_dialogue(row) for row in rows]
-    theirs = [response for _, _, response in dialogues]
+    turns, _, theirs = zip(*map(read_dialogue, rows))
     if args.compare:
         theirs = [sample["responses"][0].strip() for sample in outcome["compare"]["samples"]["reward"]]
     ours = [sample["responses"][0].strip() for sample in outcome["samples"]["reward"]]
-    turns = [turns for turns, _, _ in dialogues]
-    model, tokenizer, beaver = reward_model
-    model.to(pick_device(args))
-    both = [rewards(model, tokenizer, beaver, list(zip(turns, side))) for side in (ours, theirs)]
+    reward_model[0].to(pick_device(args))
+    both = [rewards(*reward_model, [*zip(turns, side)]) for side in (ours, theirs)]
     for sample, (reward, _), (other, _) in zip(outcome["samples"]["reward"], *both):
         sample |= {"reward": reward, "other_reward": other}
     outcome["duel"] = {"against": args.compare or "the data"} | duel(*both)
@@ -489,7 +473,7 @@ TEMPERATURES = {"stem": 0.1, "humanities": 0.1, "extraction": 0, "math": 0, "cod
 def answer_mt_bench(task, name, rows, shots, policy, args):
     """Write FastChat's file, after each question; questions that have an answer in it already are skipped."""
     file = Path(args.answers or "data/mt_bench/model_answer/{}.jsonl".format(
-        policy.path.strip("./").replace("/", "-")))         # FastChat's name of a model is the file's
+        args.model.strip("./").replace("/", "-")))         # FastChat's name of a model is the file's
     tokenizer, answers, samples = policy.tokenizer, read_answers(file), []
     longest, room = limits(task, name, policy, args)
     left = [row for row in rows if row["question_id"] not in answers]
@@ -503,7 +487,7 @@ def answer_mt_bench(task, name, rows, shots, policy, args):
             temperature = TEMPERATURES.get(row["category"], 0.7)
             [text] = generate(policy.model, tokenizer, [ids[-room:]], (), longest, temperature, 1, name)
             turns.append(("assistant", text.strip()))
-        responses = [text for role, text in turns if role == "assistant"]
+        responses = [text for _, text in turns[1::2]]
         samples.append({"responses": responses, "truncated": truncated, "metrics": {}})
         answers[row["question_id"]] = {
             "question_id": row["question_id"], "answer_id": secrets.token_hex(11), "model_id": file.stem,
@@ -619,7 +603,7 @@ HELLASWAG = Task(                       # hellaswag/utils.py
     ("Rowan/hellaswag",), {"activity_label": "text", "ctx_a": "text", "ctx_b": "text", "endings": ["text"]},
     (("label", lambda row: str(row.get("label")) in map(str, range(len(row["endings"]))),
       "the index of the right one in endings (only the splits train and validation have it)"),),
-    ("validation", "train"), None, "others", metrics={"acc": acc, "acc_norm": acc_norm},
+    splits=("validation", "train"), shots=None, draw="others", metrics={"acc": acc, "acc_norm": acc_norm},
     options=lambda row: [(wikihow(f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}"),
                           wikihow(ending)) for ending in row["endings"]],
     gold=lambda row: int(row["label"]))
@@ -630,7 +614,7 @@ WINOGRANDE = Task(                      # winogrande/preprocess_winogrande.py
     {"sentence": "text", "option1": "text", "option2": "text", "answer": "text"},
     (("sentence", lambda row: "_" in row["sentence"], "text with a _ where the option goes"),
      ("answer", lambda row: row["answer"] in ("1", "2"), "1 or 2 (only train and validation have it)")),
-    ("validation", "train"), None, "others",
+    splits=("validation", "train"), shots=None, draw="others",
     options=lambda row: [(row["sentence"].split("_")[0] + option, row["sentence"].split("_", 1)[1].strip())
                          for option in (row["option1"], row["option2"])],
     gold=lambda row: int(row["answer"]) - 1)
@@ -664,7 +648,7 @@ TRUTHFULQA_MC1 = Task(                  # truthfulqa/truthfulqa_mc1.yaml
     {"question": "text", "mc1_targets": {"choices": ["text"], "labels": [0]}},
     (("mc1_targets", lambda row: row["mc1_targets"]["labels"] == [1] + [0] * (
         len(row["mc1_targets"]["choices"]) - 1), "labels 1, 0, 0, ..., one per choice: the first is true"),),
-    ("validation", "train"), options=truthfulqa("mc1_targets"))
+    splits=("validation", "train"), options=truthfulqa("mc1_targets"))
 TRUTHFULQA_MC2 = replace(               # truthfulqa/utils.py
     TRUTHFULQA_MC1, fields={"question": "text", "mc2_targets": {"choices": ["text"], "labels": [0]}},
     rules=(("mc2_targets", lambda row: {*row["mc2_targets"]["labels"]} == {0, 1}, "labels with 1 and 0"),
@@ -691,7 +675,7 @@ MMLU = Task(                            # mmlu/default/_default_template_yaml
     (("subject", lambda row: row["subject"] in sum(SUBJECTS.values(), []), "one of MMLU's 57"),
      ("choices", lambda row: len(row["choices"]) == 4, "four texts"),
      ("answer", lambda row: row["answer"] in range(4), "0, 1, 2 or 3")),
-    ("test", "dev"), None, "first",
+    splits=("test", "dev"), shots=None, draw="first",
     describe=lambda row: "The following are multiple choice questions (with answers) about "
                          f"{row['subject'].replace('_', ' ')}.\n\n",
     options=lambda row: [("{}\nA. {}\nB. {}\nC. {}\nD. {}\nAnswer:".format(
@@ -721,25 +705,27 @@ LEADERBOARD = {"arc_challenge": 25, "hellaswag": 10, "winogrande": 5, "mmlu": 5,
 
 def evaluate(path, data, args):
     """Ask one model; data: {task: (rows, examples of each row)}. Returns its results and samples by task."""
-    policy = load(path, args)
+    policy = load_policy(path, args)
     outcome = {"model": path, "results": {}, "samples": {}}
+    trained = [name for name in data if TASKS[name].trained]
+    if (args.chat or trained) and not policy.tokenizer.chat_template:
+        die(f"{path} has no chat template: " + (f"{trained[0]} needs the one of the training" if trained
+                                                else "leave out --chat to ask in plain text"))
     for name, (rows, shots) in data.items():
         task = TASKS[name]
-        if (args.chat or task.trained) and not policy.tokenizer.chat_template:
-            die(f"{path} has no chat template: {name} needs the one of the training" if task.trained
-                else f"{path} has no chat template: leave out --chat to ask in plain text")
         run = task.run or (choose if task.options else write)
         samples = run(task, name, rows, shots, policy, args)
         outcome["samples"][name] = [{"doc_id": n} | sample for n, sample in enumerate(samples)]
         results = {name: summarize(samples)} if task is not MMLU else mmlu_results(
             [row["subject"] for row in rows], samples)
         outcome["results"] |= {key: result | {"shots": len(shots[0])} for key, result in results.items()}
+    print_results(outcome)
     return outcome
 
 def write(task, name, rows, shots, policy, args):
     """A sample per row: prompt, responses, what was found in them, metrics."""
     chat, tokenizer = args.chat or task.trained, policy.tokenizer
-    prompts = [chat_prompt(task, row, some, tokenizer) if chat else plain_prompt(task, row, some)
+    prompts = [build_prompt(task, row, some, task.question(row), chat and tokenizer)
                for row, some in zip(rows, shots)]
     ids = [encode(tokenizer, prompt, special=not task.trained) for prompt in prompts]
     longest, room = limits(task, name, policy, args)
@@ -818,18 +804,21 @@ def main(args):
         if Path(args.out).is_dir() or not os.access(Path(args.out).parent, os.W_OK):    # not after hours
             die(f"--out {args.out}: should be a file, in a folder that can be written")
     data = {name: read_task(name, TASKS[name], args) for name in args.tasks}
-    for n, row in enumerate(data["reward"][0] if "reward" in data and not args.compare else [], 1):
-        if not read_dialogue(row)[2]:
-            die(f"reward, problem {n}: no chosen, response or answer to compare with: --compare MODEL")
-    # before any model answers: a mistake there should not cost the answers
-    reward_model = load_reward(args.reward_model, args) if "reward" in data else None
+    # before any model answers: a mistake here should not cost the answers
+    if args.compare:
+        load(AutoTokenizer, args.compare, args.trust_remote_code)
+    if "reward" in data:
+        reward_model = load_reward(args.reward_model, args)
+        for n, row in enumerate(data["reward"][0], 1):
+            turns, _, response = read_dialogue(row)
+            if not (response or args.compare):
+                die(f"reward, problem {n}: no chosen, response or answer to compare with: --compare MODEL")
+            reward_ids(*reward_model[1:], turns, response)      # ends here if the template refuses these
     outcome = {"settings": vars(args), "versions": {"scores as": "lm_eval 0.4.13"} | {
         name: version(name) for name in ("torch", "transformers", "datasets")}}
     outcome |= evaluate(args.model, data, args)
-    print_results(outcome)
     if args.compare:
         other = evaluate(args.compare, data, args)
-        print_results(other)
         outcome["compare"] = other | {"differences": {}}
         for name, samples in outcome["samples"].items():
             for metric in samples[0]["metrics"]:
@@ -856,9 +845,11 @@ def number(kind, low=-math.inf, above=-math.inf, word=None):
     """argparse type: a finite int or float, >= low and > above; or this word."""
     def parse(text):
         if text != word and not (math.isfinite(kind(text)) and kind(text) >= low and kind(text) > above):
-            raise argparse.ArgumentTypeError(f"{text} is out of range")
+            raise ValueError
         return text if text == word else kind(text)
-    parse.__name__ = kind.__name__          # argparse: "invalid int value" when kind(text) fails
+    limits = {f">= {low}": low > -math.inf, f"> {above}": above > -math.inf, f"or {word}": word}
+    # argparse puts the name into its sentence: invalid int >= 1 value: '0'
+    parse.__name__ = " ".join([kind.__name__, *(limit for limit, given in limits.items() if given)])
     return parse
 
 def complete(args, parser):
@@ -952,11 +943,11 @@ def read_rows(path, split):
     if ".jsonl" not in file.suffixes:                       # .json, .csv, .parquet
         return read_hub(file.suffix[1:], data_files=str(file), split="train")
     try:
-        with (gzip.open if file.suffix == ".gz" else open)(file, "rt", encoding="utf-8-sig") as lines:
-            for n, line in enumerate(lines, 1):
+        with (gzip.open if file.suffix == ".gz" else open)(file, "rb") as lines:
+            for n, line in enumerate(lines, 1):             # bytes: what is not UTF-8 is found in its line
                 rows += [(f"{file} line {n}", json.loads(line))] if line.strip() else []
                 if line.strip() and not isinstance(rows[-1][1], dict):
-                    raise ValueError(f"found {line.strip()!r:.200}")
+                    raise ValueError(f"found {line.strip().decode()!r:.200}")
     except (OSError, EOFError, ValueError) as error:
         die(f"{file} line {n}: {error}; expected is one JSON object on each line, in UTF-8")
     return rows
@@ -978,27 +969,34 @@ def pick_device(args):
         f"--device {device}: PyTorch finds none here, the best is {best}")
 
 # Who is asked; window: as many tokens as prompt and response may have together
-Policy = namedtuple("Policy", "path model tokenizer window")
+Policy = namedtuple("Policy", "model tokenizer window")
 
-def load(path, args):
-    """The Policy at a path."""
-    hf_logging.set_verbosity_error()
-    hf_logging.disable_progress_bar()
-    device = pick_device(args)
+def load(kind, path, trust, what="a tokenizer", **more):
+    """kind.from_pretrained(path), or a sentence about what is wrong there."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=args.trust_remote_code)
-        model, info = AutoModelForCausalLM.from_pretrained(
-            path, dtype=args.dtype, output_loading_info=True, use_safetensors=True,
-            trust_remote_code=args.trust_remote_code)
+        return kind.from_pretrained(path, trust_remote_code=trust, **more)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        die(f"{path}: not a causal language model: {str(error).strip().splitlines()[0]}; take a folder, or "
-            "with a network a Hub name, that has config.json, .safetensors and a tokenizer; code in it: "
-            "--trust-remote-code")
+        die(f"{path}: not {what}: {str(error).strip().splitlines()[0]}; take a folder, or with a network a "
+            "Hub name, that has config.json, .safetensors and a tokenizer; code in it: --trust-remote-code")
+
+def load_both(kind, path, what, args, **more):
+    """A model of this kind, and its tokenizer."""
+    hf_logging.set_verbosity_error()        # transformers would only warn of missing weights
+    hf_logging.disable_progress_bar()
+    tokenizer = load(AutoTokenizer, path, args.trust_remote_code)
+    model, info = load(kind, path, args.trust_remote_code, what, dtype=args.dtype, use_safetensors=True,
+                       output_loading_info=True, **more)
     if info["missing_keys"]:
         die(f"{path}: lacks {', '.join(sorted(info['missing_keys'])):.200}: they would be random")
-    model = model.to(device).eval()
     if tokenizer.eos_token is None:
         die(f"{path}: the tokenizer has no EOS token, a response could not end")
+    return model.eval(), tokenizer
+
+def load_policy(path, args):
+    """The Policy at a path."""
+    device = pick_device(args)
+    model, tokenizer = load_both(AutoModelForCausalLM, path, "a causal language model", args)
+    model.to(device)
     # A BOS in front changes every score, so it is said.
     size, first = sum(p.numel() for p in model.parameters()), tokenizer("a").input_ids[0]
     begin = tokenizer.bos_token if first == tokenizer.bos_token_id else "no BOS token"
@@ -1010,7 +1008,7 @@ def load(path, args):
     # lm_eval's way to find the window, in its order; some tokenizers say 1e30 for "unknown"
     windows = [getattr(config, name, None) for name in ("n_positions", "max_position_embeddings", "n_ctx")]
     windows += [tokenizer.model_max_length] * (tokenizer.model_max_length < 1e29)
-    return Policy(path, model, tokenizer, next((window for window in windows if window), 2048))
+    return Policy(model, tokenizer, next((window for window in windows if window), 2048))
 
 def print_results(outcome):
     told, rows = ["n", "shots", "truncated", "empty"], []

@@ -37,7 +37,6 @@ os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-import torch.distributed.checkpoint.state_dict as state_dicts
 from jinja2 import TemplateError
 from safetensors import SafetensorError
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -45,6 +44,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_scheduler
+from transformers.distributed import gather_full_state_dict
 from transformers.utils import logging as hf_logging
 
 TOY = Path(__file__).parent / "tests" / "toy"
@@ -52,7 +52,8 @@ TOY = Path(__file__).parent / "tests" / "toy"
 
 def parse_args(argv=None):
     """Flags -> Namespace; the defaults suit the built-in toy and were chosen on its dev problems."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter,
+                                     usage="%(prog)s [flags]; --help lists them")
     flag = parser.add_argument
     # data: what is imitated, and what is checked
     flag("--model", default=str(TOY / "base"), help="the start policy: folder or Hub name")
@@ -108,7 +109,7 @@ def sample(model, prompts, eos_ids, max_new_tokens, temperature, batch, seed):
         ids, mask = collate([([], prompts[i]) for i in rows], model.device, "left")             # (B, P) each
         cache = None                                                            # keys and values so far
         for _ in range(max_new_tokens):
-            positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1]:]    # pads do not count
+            positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1]:]    # as ids; pads do not count
             with autocast(model):
                 out = model(input_ids=ids, attention_mask=mask, position_ids=positions,
                             past_key_values=cache, use_cache=True, logits_to_keep=1)
@@ -125,7 +126,7 @@ def sample(model, prompts, eos_ids, max_new_tokens, temperature, batch, seed):
                 cache.batch_select_indices(keep)
                 rows, tokens, mask = [rows[k] for k in alive], tokens[keep], mask[keep]
             ids = tokens[:, None]                                               # (B, 1): the cache has more
-            mask = F.pad(mask, (0, 1), value=True)
+            mask = F.pad(mask, (0, 1), value=True)                              # (B, P + tokens so far)
     return responses
 
 
@@ -140,14 +141,14 @@ def response_logps(model, pairs):
     width = ids.shape[1] - min(len(prompt) for prompt, _ in pairs)      # R: only there are responses,
     with autocast(model):                                               # so lm_head runs only there
         logits = model(input_ids=ids, use_cache=False, logits_to_keep=width + 1).logits[:, :-1]    # (B, R, V)
-    ids, mask = ids[:, -width:], mask[:, -width:]                       # (B, R): logits at t predict t + 1
+    ids, mask = ids[:, -width:], mask[:, -width:]                       # (B, R): logits predict the next id
     logps = -F.cross_entropy(logits.float().flatten(0, 1), ids.flatten(), reduction="none").view_as(ids)
     return torch.where(mask, logps, 0.0).sum(-1)                        # (B,)
 
 
 # ---- 3. Losses: real or generated? -------------------------------------------------------------------------
 
-H_MAX = 5.0     # a probability ratio of e^5 = 148: beyond it, exponentials give way to something finite
+H_MAX = 5.0     # at the optimum p/pi_t = e^5 = 148: beyond, exponentials give way to something finite
 
 
 def tangent_exp(h, limit=H_MAX):
@@ -183,7 +184,7 @@ def self_play(policy, run, demos, seed):
     for pair, ids in zip(pairs, responses):                                 # y- ~ pi_t(.|x)
         pair |= {"generated": run.tokenizer.decode(ids), "generated_ids": ids}
     for side in ("real", "generated"):      # the reference: once, by the policy itself, without gradient
-        for pair, logp in zip(pairs, score(response_logps, policy, texts(pairs, side), run.score_batch)):
+        for pair, logp in zip(pairs, score(response_logps, policy, texts_of(pairs, side), run)):
             pair[f"{side}_reference"] = logp
     return pairs
 
@@ -191,7 +192,7 @@ def self_play(policy, run, demos, seed):
 def pair_losses(model, pairs, loss, scale, shift):
     """Losses and log-ratios d of real and of generated responses, (B,) each; sft: -log pi, log pi, empty."""
     sides = ("real",) if loss == "sft" else ("real", "generated")
-    logps = response_logps(model, sum((texts(pairs, side) for side in sides), []))         # (2B,); sft: (B,)
+    logps = response_logps(model, sum((texts_of(pairs, side) for side in sides), []))      # (2B,); sft: (B,)
     if loss == "sft":
         return -logps, logps, logps[:0]
     reference = [pair[f"{side}_reference"] for side in sides for pair in pairs]            # (2B,), as logps
@@ -206,7 +207,6 @@ def train_round(model, pairs, loss, epochs, args, name, seed):
     recompute(model, args)
     learned = args.shift == "learn"
     shift = torch.tensor(0.0 if learned else args.shift, device=model.device, requires_grad=learned)
-    # The optimizer is fresh in each round; one number, the shift, needs larger steps than many weights.
     groups = [{"params": list(model.parameters())}, {"params": [shift], "lr": args.shift_lr}]
     per_epoch, step, seconds = math.ceil(len(pairs) / args.batch), 0, 0.0
     steps = round(epochs * per_epoch)
@@ -249,19 +249,20 @@ def main(args):
     for t in range(1, args.rounds + 1):
         name, seed, folder = f"round {t}", f"{args.seed} round {t}", run.out / f"round_{t}"
         if not folder.exists():             # a resumed run may have this round behind it
-            pairs = run.demos if args.loss == "sft" else keep_pairs(
-                run, name, t, run.demos, lambda: self_play(policy, run, run.demos, seed))
+            pairs = run.demos if args.loss == "sft" else keep_pairs(policy, run, name, t, run.demos, seed)
             for record in train_round(policy, pairs, args.loss, args.epochs, args, name, seed):
                 log(run, record)
             save_model(policy, run.tokenizer, folder)
         policy = load_model(folder, run.device, run.trust_remote_code)
         evaluate(run, name, policy)
     if args.baseline == "sft" and args.loss != "sft" and args.rounds:
-        sft_baseline(run, args, 3 * args.epochs * args.rounds * args.samples_per_prompt)
+        del policy                          # makes room for another
+        # A step on pairs has two responses for SFT's one, and sampling costs about as much as a third.
+        sft_baseline(run, 3 * args.epochs * args.rounds * args.samples_per_prompt)
     return summarize(run)
 
 
-# ---- PLUMBING: nothing below is specific to the method -----------------------------------------------------
+# ---- PLUMBING: the method can be understood without it -----------------------------------------------------
 
 def die(sentence):
     """A person's mistake: one sentence on stderr, exit code 2."""
@@ -272,9 +273,11 @@ def number(kind, low=-math.inf, above=-math.inf, word=None):
     """argparse type: a finite int or float, >= low and > above; or this word."""
     def parse(text):
         if text != word and not (math.isfinite(kind(text)) and kind(text) >= low and kind(text) > above):
-            raise argparse.ArgumentTypeError(f"{text} is out of range")
+            raise ValueError
         return text if text == word else kind(text)
-    parse.__name__ = kind.__name__          # argparse: "invalid int value" when kind(text) fails
+    limits = {f">= {low}": low > -math.inf, f"> {above}": above > -math.inf, f"or {word}": word}
+    # argparse puts the name into its sentence: invalid int >= 1 value: '0'
+    parse.__name__ = " ".join([kind.__name__, *(limit for limit, given in limits.items() if given)])
     return parse
 
 def complete(args, parser):
@@ -298,7 +301,7 @@ def resumed(args, parser):
         parser.error(f"--resume {args.resume}: a run of another script, or of another version of this one")
     # A flag at its default was most likely not given, so it is no contradiction to that run.
     own = [k for k, v in vars(args).items() if v not in (saved[0].get(k), parser.get_default(k))]
-    if set(own) - {"resume", "rounds"}:
+    if own := {*own} - {"resume", "rounds"}:
         parser.error(f"--resume goes on with the flags of that run; these are others: {', '.join(own)}")
     rounds = max(args.rounds, saved[0]["rounds"])
     return argparse.Namespace(**saved[0] | {"resume": args.resume, "rounds": rounds})
@@ -319,19 +322,21 @@ def collate(pairs, device, side="right"):
     mask = [torch.tensor([False] * len(prompt) + [True] * len(response)) for prompt, response in pairs]
     return [pad_sequence(rows, batch_first=True, padding_side=side).to(device) for rows in (ids, mask)]
 
-def texts(pairs, side):
+def texts_of(pairs, side):
+    """[(prompt ids, that side's response ids)], as response_logps takes them; side: "real" or "generated"."""
     return [(pair["prompt_ids"], pair[f"{side}_ids"]) for pair in pairs]
 
 @torch.no_grad()
-def score(measure, model, both, batch):
+def score(measure, model, texts, args):
     """measure(model, [(prompt ids, response ids)]) in batches of similar length: floats, same order."""
-    def of_share(both, _):
-        values, order = [0.0] * len(both), sorted(range(len(both)), key=lambda i: len(sum(both[i], [])))
+    batch = 2 * args.micro_batch if args.micro_batch else args.sample_batch     # 2: in training both sides
+    def of_share(texts, _):
+        values, order = [0.0] * len(texts), sorted(range(len(texts)), key=lambda i: len(sum(texts[i], [])))
         for rows in tqdm(chunks(order, batch), desc="scoring", leave=False, disable=None):
-            for i, value in zip(rows, measure(model, [both[i] for i in rows]).tolist()):
+            for i, value in zip(rows, measure(model, [texts[i] for i in rows]).tolist()):
                 values[i] = value
         return values
-    return shared_out(both, of_share)
+    return shared_out(texts, of_share)
 
 def respond(policy, prompts, run, temperature, seed):
     """One response to each of the prompts, every rank sampling its share."""
@@ -353,11 +358,11 @@ def ranks():
 def shared_out(items, function):
     """function(a share of items, name of this rank) on every rank -> all results, in order, on every rank.
 
-    Shares are equally long, so that all ranks call a sharded model equally often: a short one repeats its
-    last items, whose results are dropped. The name is "" on rank 0, so that one process keeps its seeds.
+    Shares are equally long, so that all ranks call a sharded model equally often: a short one gets one of
+    the first items again, whose result is dropped. The name is "" on rank 0: one process keeps its seeds.
     """
     rank, world = ranks()
-    if world == 1 or not items:
+    if world == 1:
         return function(items, "")
     share = [items[i % len(items)] for i in range(rank, world * math.ceil(len(items) / world), world)]
     parts = [None] * world                  # dealt out like cards: rank r has the items r, r + world, ...
@@ -410,7 +415,7 @@ def recompute(model, args):
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
 def make_optimizer(groups, lr, steps, args):
-    """AdamW or RMSprop without weight decay, which leaves a shift that is not learned alone; its schedule."""
+    """AdamW or RMSprop without weight decay, and its schedule."""
     make = {"adamw": torch.optim.AdamW, "rmsprop": torch.optim.RMSprop}[args.optimizer]
     optimizer = make(groups, lr=lr, weight_decay=0)
     warmup = round(args.warmup if args.warmup >= 1 else args.warmup * steps)
@@ -443,8 +448,8 @@ def check_step(model, batch, name, step, total, norm, loss, scale, shift):
     if abs(total - expected) > (0.1 if model.device.type == "cuda" else 0.01) * max(1, abs(expected)):
         die(f"{name}: policy and reference disagree: first loss {total:.4f}, it should be {expected:.4f}")
 
-# Columns of the prompt and of the response; the first pair that is all there is used. Without a prompt column
-# the response is a list of messages or an HH transcript, and its last assistant turn is imitated.
+# Columns of the prompt and of the response: of these pairs, the first whose columns all exist. Without one of
+# the prompt, the response is a list of messages or an HH transcript, and its last assistant turn is imitated.
 FORMATS = [("prompt", "chosen"), (None, "chosen"), ("prompt", "response"), ("prompt", "completion"),
            ("question", "answer"), ("instruction", "output"), (None, "real"), (None, "messages"),
            (None, "conversations")]
@@ -488,16 +493,20 @@ def to_messages(place, row):
         turns = [{"from": who, "value": text.strip()} for who, text in zip(parts[::2], parts[1::2])]
     elif not isinstance(turns, list):
         turns = [{"role": "assistant", "content": turns}]
-    # Two conventions, role/content and from/value, become one; what is neither is caught below.
-    turns = [{"role": ROLES.get(turn.get("from"), turn.get("role", turn.get("from"))),
-              "content": turn.get("value", turn.get("content"))} if isinstance(turn, dict) else {"role": None}
-             for turn in turns]
+
+    def message(turn):                      # two conventions; what is neither is caught below
+        turn = turn if isinstance(turn, dict) else {}
+        return {"role": ROLES.get(turn.get("from"), turn.get("role", turn.get("from"))),
+                "content": turn.get("value", turn.get("content"))}
+
+    turns = [message(turn) for turn in turns]
     while turns and turns[-1]["role"] != "assistant":       # the last assistant turn is the response
         turns.pop()
     if before and len(turns) == 1:          # else the conversation in the column has its prompt in it
-        turns = (prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]) + turns
-    if len(turns) < 2 or not all(isinstance(turn, dict) and turn["role"] and isinstance(turn["content"], str)
-                                 and turn["content"].strip() for turn in turns):
+        prompt = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
+        turns = [message(turn) for turn in prompt] + turns
+    if len(turns) < 2 or not all(turn["role"] and isinstance(turn["content"], str) and turn["content"].strip()
+                                 for turn in turns):
         die(f"{place}: {' and '.join(filter(None, columns[0]))} must hold a prompt and, by the assistant, a "
             "response, both text, not empty")
     return turns
@@ -577,11 +586,10 @@ def start(args, label):
                or (out / f"round_{record['phase'].split()[-1]}").exists()]
     return argparse.Namespace(**vars(args) | {
         "out": out, "device": device, "tokenizer": tokenizer, "eos_ids": eos_ids, "window": window,
-        "demos": demos, "dev": dev, "heldout": heldout, "records": records,
-        "score_batch": 2 * args.micro_batch if args.micro_batch else args.sample_batch}), policy
+        "demos": demos, "dev": dev, "heldout": heldout, "records": records}), policy
 
 def load(kind, path, trust, what="a tokenizer", **more):
-    """kind.from_pretrained(path); pickles, which can run anything, are not read."""
+    """kind.from_pretrained(path), or a sentence about what is wrong there."""
     try:
         return kind.from_pretrained(path, trust_remote_code=trust, **more)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
@@ -589,7 +597,7 @@ def load(kind, path, trust, what="a tokenizer", **more):
             "Hub name, that has config.json, .safetensors and a tokenizer; code in it: --trust-remote-code")
 
 def load_model(path, device, trust=False):
-    """A causal language model with fp32 weights."""
+    """A causal language model with fp32 weights; pickles, which can run anything, are not read."""
     # A weight that the file lacks would be random without a word; one that is NaN would be found much later.
     model, info = load(AutoModelForCausalLM, path, trust, "a causal language model", dtype=torch.float32,
                        use_safetensors=True, output_loading_info=True)
@@ -599,14 +607,13 @@ def load_model(path, device, trust=False):
 
 def save_model(model, tokenizer, folder):
     """HF format, written beside its place and moved there when complete, with the samples of the round."""
-    partial = folder.with_name(folder.name + ".partial")
-    state = state_dicts.get_model_state_dict(model, options=state_dicts.StateDictOptions(
-        full_state_dict=True, cpu_offload=True)) if isinstance(model, FSDPModule) else None     # on rank 0
+    unfinished = folder.with_name(folder.name + ".partial")
+    state = gather_full_state_dict(model) if isinstance(model, FSDPModule) else None        # {} but on rank 0
     if ranks()[0] == 0:
-        model.save_pretrained(partial, state_dict=state)
-        tokenizer.save_pretrained(partial)
+        model.save_pretrained(unfinished, state_dict=state)
+        tokenizer.save_pretrained(unfinished)
         shutil.rmtree(folder, ignore_errors=True)
-        settle(partial, folder)
+        settle(unfinished, folder)
     if dist.is_initialized():
         dist.barrier()
 
@@ -615,19 +622,19 @@ def write(path, rows):
     if ranks()[0]:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    settle(partial, path)
+    unfinished = path.with_name(path.name + ".partial")
+    unfinished.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    settle(unfinished, path)
 
-def settle(partial, path):
+def settle(unfinished, path):
     """Rename a file or folder that is complete, and on the disk: not even a power cut leaves half of it."""
-    for file in filter(Path.is_file, (partial, *partial.rglob("*"))):
+    for file in filter(Path.is_file, (unfinished, *unfinished.rglob("*"))):
         with open(file, "rb+") as written:
             os.fsync(written.fileno())
-    os.replace(partial, path)
+    os.replace(unfinished, path)
 
 def read(path):
-    """The rows that `write` wrote, if there are any; a last line that was cut off is dropped."""
+    """The rows that `write` wrote, if any; a last line that was cut off, as by copying, is dropped."""
     *lines, rest = path.read_text(encoding="utf-8").split("\n") if path.exists() else [""]
     if rest:
         print(f"{path}: dropped its last line, which is unfinished")
@@ -636,16 +643,16 @@ def read(path):
     except ValueError as error:
         die(f"{path}: line {len(lines)} or before is not JSON ({error}); delete the file")
 
-def keep_pairs(run, name, t, demos, make):
+def keep_pairs(policy, run, name, t, demos, seed):
     """The pairs of round t from their file, which a resumed run may have; else made, and written there."""
     file, began = run.out / f"round_{t}.partial" / "generated.jsonl", time.time()
     pairs = read(file)                      # training changes nothing in them, so they can be used again
     if len(pairs) != len(demos) * run.samples_per_prompt:
-        pairs = make()
+        pairs = self_play(policy, run, demos, seed)
         write(file, pairs)
-    start = f"round_{t - 1}" if t > 1 else run.model        # one model in three roles, so said three times
+    origin = f"round_{t - 1}" if t > 1 else run.model       # one model in three roles
     same = fmean(pair["real_ids"] == pair["generated_ids"] for pair in pairs)
-    log(run, {"phase": name, "start": start, "negatives from": start, "reference": start,
+    log(run, {"phase": name, "start": origin, "negatives from": origin, "reference": origin,
               "pairs": len(pairs), "identical": same, "seconds": time.time() - began})
     return pairs
 
@@ -666,12 +673,12 @@ def answers(run, policy, problems, temperature):
     """One response each: (share of right ones, None unless all problems have a '####' answer; token ids)."""
     prompts = [problem["prompt_ids"] for problem in problems]
     ids = respond(policy, prompts, run, temperature, f"{run.seed} answers")
-    texts = run.tokenizer.batch_decode(ids, skip_special_tokens=True)
-    right = [final_answer(text) == problem["answer"] for text, problem in zip(texts, problems)]
+    said = run.tokenizer.batch_decode(ids, skip_special_tokens=True)
+    right = [final_answer(text) == problem["answer"] for text, problem in zip(said, problems)]
     return fmean(right) if all(problem["answer"] for problem in problems) else None, ids
 
 COLUMNS = {"greedy_accuracy": "greedy", "sampled_accuracy": "sampled", "n": "n", "heldout_nll": "NLL",
-           "mean_response_tokens": "tokens", "eos_share": "EOS"}    # summary.json: screen
+           "mean_response_tokens": "tokens", "eos_share": "EOS", "seconds": "seconds"}  # summary.json: screen
 
 def evaluate(run, name, policy):
     """Log a row of the table, unless a resumed run has it, and the greedy response to the first prompt."""
@@ -682,7 +689,7 @@ def evaluate(run, name, policy):
     if run.heldout:
         sampled, ids = answers(run, policy, problems, 1)
         tokens = sum(len(problem["real_ids"]) for problem in problems)
-        nll = -sum(score(response_logps, policy, texts(problems, "real"), run.score_batch)) / tokens
+        nll = -sum(score(response_logps, policy, texts_of(problems, "real"), run)) / tokens
         row |= zip(COLUMNS, [greedy, sampled, len(ids), nll, fmean(map(len, ids)),
                              fmean(response[-1] in run.eos_ids for response in ids)])
     row["seconds"] = sum(record.get("seconds", 0) for record in run.records if record["phase"] == name)
@@ -691,12 +698,11 @@ def evaluate(run, name, policy):
     for sentence in warnings(run.records) if name != "sft" else []:
         print(f"warning, {name}: {sentence}")
 
-def sft_baseline(run, args, epochs):
-    """SFT from the same start; its best epoch on dev, without --dev the last. At least our compute: a step
-    on pairs has two responses for its one, and sampling costs about as much as a third."""
-    policy, best = load_model(args.model, run.device, run.trust_remote_code), -1
+def sft_baseline(run, epochs):
+    """SFT from the same start; its best epoch on dev, without --dev the last."""
+    policy, best = load_model(run.model, run.device, run.trust_remote_code), -1
     # Records come every 16 steps, too; between epochs the generator waits, and the policy can be asked.
-    for record in train_round(policy, run.demos, "sft", epochs, args, "sft", f"{args.seed} sft"):
+    for record in train_round(policy, run.demos, "sft", epochs, run, "sft", f"{run.seed} sft"):
         if record["epoch"] % 1 == 0:
             record["dev_accuracy"] = dev = run.dev and answers(run, policy, run.dev, 0)[0]
             if dev is None or dev > best:
@@ -708,18 +714,18 @@ def sft_baseline(run, args, epochs):
 def warnings(records):
     """What these records of metrics.jsonl show of the last round that a person should know: sentences."""
     rounds = [record for record in records if "row" in record and record["phase"] != "sft"]
-    before, now = rounds[-2:] if len(rounds) > 1 else rounds * 2
+    before, now = (rounds * 2)[-2:]         # of a single one, itself
     ours = [record for record in records if record["phase"] == now["phase"]]
     real, found = [record["real"] for record in ours if "generated" in record], []
     # The last quarter of the round against its first half; a nat is more than noise.
     if len(real) >= 4 and fmean(real[-(len(real) // 4):]) < min(-1, fmean(real[:len(real) // 2])):
-        found.append("real responses keep getting less likely: lower --lr, raise --scale, use --loss kliep")
+        found.append("real responses keep getting less likely: lower --lr, larger --scale, or GSIL's kliep")
     if any(record.get("identical", 0) > 0.5 for record in ours):
         found.append("most samples equal the demonstration: little is left to learn")
     if (now["row"]["eos_share"] or 0) < (before["row"]["eos_share"] or 0) - 0.1:
         found.append("fewer responses end in EOS: are demonstrations cut? raise --max-new-tokens")
     if (now["dev_accuracy"] or 0) < (before["dev_accuracy"] or 0) - 0.03:
-        found.append("the round lost on dev, it over-corrects: fewer --rounds or --epochs, a larger --scale")
+        found.append("the round lost on dev, it over-corrects: fewer rounds, epochs; larger --scale or --kl")
     return found
 
 def summarize(run):
@@ -729,9 +735,9 @@ def summarize(run):
     best = max(rounds, key=lambda record: record["dev_accuracy"] or 0, default={"phase": None})["phase"]
     summary = {"rows": [record["row"] for record in done], "best": best}
     write(run.out / "summary.json", [summary])
-    print(f"\n{'':10}" + "".join(f"{title:>10}" for title in (*COLUMNS.values(), "seconds")))
+    print(f"\n{'':10}" + "".join(f"{title:>10}" for title in COLUMNS.values()))
     for row in summary["rows"]:
-        cells = ("-" if row[key] is None else f"{row[key]:.3g}" for key in (*COLUMNS, "seconds"))
+        cells = ("-" if row[key] is None else f"{row[key]:.3g}" for key in COLUMNS)
         print(f"{row['name']:10}" + "".join(f"{cell:>10}" for cell in cells))
     print(f"best round: {best}; results in {run.out}")
     return summary
@@ -743,7 +749,8 @@ def run_safely(main, args):
         return main(args)
     except (KeyboardInterrupt, OSError, SafetensorError) as error:
         begun = args.out and os.path.exists(f"{args.out}/args.json")
-        how = f"go on with: python {sys.argv[0]} --resume {args.out}" if begun else "nothing is written yet"
+        python = "torchrun ..." if "LOCAL_RANK" in os.environ else "python"
+        how = f"go on with: {python} {sys.argv[0]} --resume {args.out}" if begun else "nothing is written yet"
         print(f"error: {str(error) or 'stopped'}; {how}", file=sys.stderr)
         raise SystemExit(130 if isinstance(error, KeyboardInterrupt) else 2)
 

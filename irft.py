@@ -40,7 +40,6 @@ os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-import torch.distributed.checkpoint.state_dict as state_dicts
 from jinja2 import TemplateError
 from safetensors import SafetensorError
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -49,6 +48,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer,
                           get_scheduler)
+from transformers.distributed import gather_full_state_dict
 from transformers.utils import logging as hf_logging
 
 TOY = Path(__file__).parent / "tests" / "toy"
@@ -56,7 +56,8 @@ TOY = Path(__file__).parent / "tests" / "toy"
 
 def parse_args(argv=None):
     """Flags -> Namespace; the defaults suit the built-in toy and were chosen on its dev problems."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter,
+                                     usage="%(prog)s [flags]; --help lists them")
     flag = parser.add_argument
     flag("--method", choices=["rft", "irft"], default="rft", help="an explicit or an implicit reward")
     # data: what is imitated, and what is checked
@@ -68,33 +69,8 @@ def parse_args(argv=None):
     flag("--prompt-template", help="text with {prompt}, instead of the chat template")
     flag("--max-new-tokens", type=number(int, 1), default=256, help="of any response, real or generated")
     flag("--samples-per-prompt", type=number(int, 1), default=1, help="pairs per demonstration")
-    flag("--temperature", type=number(float, 0), default=1.0, help="of generated responses; 0: greedy")
+    flag("--temperature", type=number(float, 0), default=1.0, help="of the pairs' responses; 0: greedy")
     flag("--baseline", choices=["sft", "none"], default="sft", help="SFT, same start, at least our compute")
-    # IRFT
-    flag("--chunks", type=number(int, 1), default=1, help="parts of the data; paper: 5 to 8")
-    flag("--loss", choices=[*LOSSES], default="spin", help="linear: the raw gradient of inverse RL")
-    flag("--scale", type=number(float, above=0), default=0.3, help="1 imitates, smaller goes further past")
-    flag("--epochs", type=number(int, 1), default=2, help="passes over the pairs of a chunk")
-    flag("--steps-per-chunk", type=number(int, 1), help="instead of --epochs")
-    # RFT: the reward
-    flag("--rounds", type=number(int, 0), default=1, help="each: sample, reward steps, policy steps")
-    flag("--reward-model", help="what the reward starts from, default: --model; with the same tokenizer")
-    flag("--reward-loss", choices=[*REWARD_LOSSES], default="logistic", help="linear: needs a penalty")
-    flag("--reward-steps", type=number(int, 1), default=64, help="of a round; later ones go on from it")
-    flag("--reward-lr", type=number(float, above=0), default=1e-3, help="peak learning rate of the reward")
-    flag("--reward-penalty", type=number(float, 0), default=0.01, help="times r^2, added to its loss")
-    flag("--reward-pairs", choices=["last", "all"], default="last", help="of this round or all so far")
-    flag("--freeze-layers", type=number(float, 0), default=0.0, help="share, the first, of the reward")
-    flag("--preferences", help="file or Hub name, chosen/rejected: joins the fit of the reward")
-    flag("--preference-weight", type=number(float, 0), default=0.5, help="of their loss; pairs have 1")
-    # RFT: the policy
-    flag("--kl", type=number(float, 0), default=0.1, help="to the start policy; 1 imitates, less goes past")
-    flag("--policy-steps", type=number(int, 1), default=24, help="in a round, each on fresh samples")
-    flag("--policy-lr", type=number(float, above=0), default=1e-3, help="peak learning rate of these")
-    flag("--policy-batch", type=number(int, 1), default=64, help="prompts per policy step")
-    flag("--group-size", type=number(int, 1), default=4, help="samples per prompt, at least 2")
-    flag("--ppo-epochs", type=number(int, 1), default=1, help="steps on the same samples; > 1: clipped")
-    flag("--clip-ratio", type=number(float, above=0), default=0.2, help="PPO's epsilon")
     # the optimizer
     flag("--optimizer", choices=["adamw", "rmsprop"], default="adamw", help="official: rmsprop")
     flag("--lr", type=number(float, above=0), default=2e-4, help="peak learning rate; official for 7B: 5e-7")
@@ -112,7 +88,33 @@ def parse_args(argv=None):
     flag("--sample-batch", type=number(int, 1), default=256, help="prompts sampled, or scored, at a time")
     flag("--out", help="folder for the results; default: the next free runs/irft-METHOD-N")
     flag("--resume", metavar="DIR", help="continue that run by its own flags; --rounds may be raised")
-    return complete(parser.parse_args(argv), parser)
+    flag = (irft := parser.add_argument_group("--method irft")).add_argument
+    flag("--chunks", type=number(int, 1), default=1, help="parts of the data; paper: 5 to 8")
+    flag("--loss", choices=[*LOSSES], default="spin", help="linear: the raw gradient of inverse RL")
+    flag("--scale", type=number(float, above=0), default=0.3, help="1 imitates, smaller goes further past")
+    flag("--epochs", type=number(int, 1), default=2, help="passes over the pairs of a chunk")
+    flag("--steps-per-chunk", type=number(int, 1), help="instead of --epochs")
+    flag = (rft := parser.add_argument_group("--method rft")).add_argument
+    # the reward
+    flag("--rounds", type=number(int, 0), default=1, help="each: sample, reward steps, policy steps")
+    flag("--reward-model", help="what the reward starts from, default: --model; with the same tokenizer")
+    flag("--reward-loss", choices=[*REWARD_LOSSES], default="logistic", help="linear: needs a penalty")
+    flag("--reward-steps", type=number(int, 1), default=64, help="of a round; later ones go on from it")
+    flag("--reward-lr", type=number(float, above=0), default=1e-3, help="peak learning rate of the reward")
+    flag("--reward-penalty", type=number(float, 0), default=0.01, help="times r^2, added to its loss")
+    flag("--reward-pairs", choices=["last", "all"], default="last", help="of this round or all so far")
+    flag("--freeze-layers", type=number(float, 0), default=0.0, help="share, the first, of the reward")
+    flag("--preferences", help="file or Hub name, chosen/rejected: joins the fit of the reward")
+    flag("--preference-weight", type=number(float, 0), default=0.5, help="of their loss; pairs have 1")
+    # the policy
+    flag("--kl", type=number(float, 0), default=0.1, help="to the start policy; 1 imitates, less goes past")
+    flag("--policy-steps", type=number(int, 1), default=24, help="in a round, each on fresh samples")
+    flag("--policy-lr", type=number(float, above=0), default=1e-3, help="peak learning rate of these")
+    flag("--policy-batch", type=number(int, 1), default=64, help="prompts per policy step")
+    flag("--group-size", type=number(int, 1), default=4, help="samples per prompt, at least 2")
+    flag("--ppo-epochs", type=number(int, 1), default=1, help="steps on the same samples; > 1: clipped")
+    flag("--clip-ratio", type=number(float, above=0), default=0.2, help="PPO's epsilon")
+    return complete(parser.parse_args(argv), parser, {"irft": irft, "rft": rft})
 
 
 # ---- 1. Sample: what would the model answer itself? --------------------------------------------------------
@@ -132,7 +134,7 @@ def sample(model, prompts, eos_ids, max_new_tokens, temperature, batch, seed):
         ids, mask = collate([([], prompts[i]) for i in rows], model.device, "left")             # (B, P) each
         cache = None                                                            # keys and values so far
         for _ in range(max_new_tokens):
-            positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1]:]    # pads do not count
+            positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1]:]    # as ids; pads do not count
             with autocast(model):
                 out = model(input_ids=ids, attention_mask=mask, position_ids=positions,
                             past_key_values=cache, use_cache=True, logits_to_keep=1)
@@ -149,7 +151,7 @@ def sample(model, prompts, eos_ids, max_new_tokens, temperature, batch, seed):
                 cache.batch_select_indices(keep)
                 rows, tokens, mask = [rows[k] for k in alive], tokens[keep], mask[keep]
             ids = tokens[:, None]                                               # (B, 1): the cache has more
-            mask = F.pad(mask, (0, 1), value=True)
+            mask = F.pad(mask, (0, 1), value=True)                              # (B, P + tokens so far)
     return responses
 
 
@@ -164,18 +166,18 @@ def response_logps(model, pairs):
     width = ids.shape[1] - min(len(prompt) for prompt, _ in pairs)      # R: only there are responses,
     with autocast(model):                                               # so lm_head runs only there
         logits = model(input_ids=ids, use_cache=False, logits_to_keep=width + 1).logits[:, :-1]    # (B, R, V)
-    ids, mask = ids[:, -width:], mask[:, -width:]                       # (B, R): logits at t predict t + 1
+    ids, mask = ids[:, -width:], mask[:, -width:]                       # (B, R): logits predict the next id
     logps = -F.cross_entropy(logits.float().flatten(0, 1), ids.flatten(), reduction="none").view_as(ids)
     return torch.where(mask, logps, 0.0).sum(-1)                        # (B,)
 
 
 # ---- 3. IRFT: an implicit reward, scale * log pi/pi_ref ----------------------------------------------------
 
-H_MAX = 5.0     # a probability ratio of e^5 = 148: pairs that far apart are told apart, and done with
+H_MAX = 5.0     # at the optimum p/pi_ref = e^5 = 148: responses that clear are told apart, and done with
 
-# (h_real, h_generated) -> loss per pair, all (B,); h = scale * d, d the log-ratio log pi/pi_t of a response.
+# (h_real, h_generated) -> loss per pair, all (B,); h = scale * d, d = log pi/pi_ref of a response.
 LOSSES = {
-    # -log s(h+ - h-)   optimum log p/pi_t + any constant of the prompt; this is SPIN, arXiv 2401.01335
+    # -log s(h+ - h-)   optimum log p/pi_ref + any constant of the prompt; this is SPIN, arXiv 2401.01335
     "spin": lambda h_real, h_generated: -F.logsigmoid(h_real - h_generated),
     # -(h+ - h-)        the raw gradient; held beyond H_MAX, else it would fall for ever
     "linear": lambda h_real, h_generated: -h_real.clamp(max=H_MAX) + h_generated.clamp(min=-H_MAX),
@@ -189,7 +191,7 @@ def self_play(policy, run, demos, seed):
     for pair, ids in zip(pairs, responses):                                 # y- ~ pi_t(.|x)
         pair |= {"generated": run.tokenizer.decode(ids), "generated_ids": ids}
     for side in ("real", "generated"):      # the reference: once, by the policy itself, without gradient
-        for pair, logp in zip(pairs, score(response_logps, policy, texts(pairs, side), run.score_batch)):
+        for pair, logp in zip(pairs, score(response_logps, policy, texts_of(pairs, side), run)):
             pair[f"{side}_reference"] = logp
     return pairs
 
@@ -197,7 +199,7 @@ def self_play(policy, run, demos, seed):
 def pair_losses(model, pairs, loss, scale, shift):
     """Losses and log-ratios d of real and of generated responses, (B,) each; sft: -log pi, log pi, empty."""
     sides = ("real",) if loss == "sft" else ("real", "generated")
-    logps = response_logps(model, sum((texts(pairs, side) for side in sides), []))         # (2B,); sft: (B,)
+    logps = response_logps(model, sum((texts_of(pairs, side) for side in sides), []))      # (2B,); sft: (B,)
     if loss == "sft":
         return -logps, logps, logps[:0]
     reference = [pair[f"{side}_reference"] for side in sides for pair in pairs]            # (2B,), as logps
@@ -212,7 +214,6 @@ def train_round(model, pairs, loss, epochs, args, name, seed):
     recompute(model, args)
     learned = args.shift == "learn"
     shift = torch.tensor(0.0 if learned else args.shift, device=model.device, requires_grad=learned)
-    # The optimizer is fresh in each round; one number, the shift, needs larger steps than many weights.
     groups = [{"params": list(model.parameters())}, {"params": [shift], "lr": args.shift_lr}]
     per_epoch, step, seconds = math.ceil(len(pairs) / args.batch), 0, 0.0
     steps = round(epochs * per_epoch)
@@ -275,17 +276,16 @@ def fit_reward(model, pairs, preferences, args, name, seed):
     pairs: dicts as self_play makes them; preferences: such dicts (real is chosen, generated is rejected), may
     be empty. Both losses are means over a batch; --preference-weight multiplies the second.
     """
-    rng, seconds, parts = random.Random(seed), 0.0, [(pairs, 1.0)] + [(preferences, args.preference_weight)]
+    rng, seconds = random.Random(seed), 0.0
     recompute(model, args)
-    groups = [{"params": [weight for weight in model.parameters() if weight.requires_grad]}]
-    optimizer, schedule = make_optimizer(groups, args.reward_lr, args.reward_steps, args)
+    optimizer, schedule = make_optimizer(model.parameters(), args.reward_lr, args.reward_steps, args)
     for step in range(1, args.reward_steps + 1):
         total, margins, began = 0.0, [], time.time()
-        for source, weight in parts:
+        for source, weight in (pairs, 1.0), (preferences, args.preference_weight):
             batch = rng.sample(source, min(args.batch, len(source)))        # drawn anew, not by epochs
             for part, count in micro_batches(batch, args.micro_batch) if batch else ():
-                both = texts(part, "real") + texts(part, "generated")
-                r_real, r_generated = reward(model, both).chunk(2)                          # (B,) each
+                texts = texts_of(part, "real") + texts_of(part, "generated")                # 2B of them
+                r_real, r_generated = reward(model, texts).chunk(2)                         # (B,) each
                 losses = REWARD_LOSSES[args.reward_loss](r_real, r_generated)
                 losses = losses + args.reward_penalty * (r_real ** 2 + r_generated ** 2)
                 loss = weight * losses[:count].sum() / len(batch)
@@ -315,43 +315,78 @@ def advantages(rewards):
     return (rewards - others).detach()
 
 
-def policy_losses(logps, old_logps, advantages, clip):
-    """PPO's clipped objective of whole responses, its negative: (B,) each -> (B,).
+def policy_losses(logps, old_logps, gains, clip):
+    """PPO's clipped objective of whole responses, its negative: (B,) each -> (B,); gains are advantages.
 
-    At the first step on a batch the ratio is 1 and the gradient is REINFORCE's, -advantage * grad log pi.
+    At the first step on a batch the ratio is 1 and the gradient is REINFORCE's, -gain * grad log pi.
     """
     ratio = (logps - old_logps.detach()).exp()
-    advantages = advantages.detach()
-    return -torch.min(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
+    gains = gains.detach()
+    return -torch.min(ratio * gains, ratio.clamp(1 - clip, 1 + clip) * gains)
 
 
-def judge(policy, start_policy, reward_model, both, run):
-    """r, log pi/pi_ref, r - kl log pi/pi_ref and log pi of responses: (B,) each, on the CPU, no gradient."""
+def judge(policy, start_policy, reward_model, texts, run):
+    """r, d = log pi/pi_ref, r - kl d and log pi of responses: (B,) each, on the CPU, without gradient."""
     models = (reward, reward_model), (response_logps, policy), (response_logps, start_policy)
-    r, logps, start_logps = (torch.tensor(score(*model, both, run.score_batch)) for model in models)
-    return r, logps - start_logps, r - run.kl * (logps - start_logps), logps
+    r, logps, start_logps = (torch.tensor(score(*model, texts, run)) for model in models)
+    d = logps - start_logps
+    return r, d, r - run.kl * d, logps
+
+
+def measures(r, d, objective, responses, run):
+    """Means over fresh samples: objective, reward, KL in nats, length, its correlation with r, EOS share."""
+    length = torch.tensor([float(len(response)) for response in responses])
+    return {"objective": objective.mean().item(), "reward": r.mean().item(), "kl": d.mean().item(),
+            "length": length.mean().item(),
+            "reward_length": torch.corrcoef(torch.stack([r, length]))[0, 1].nan_to_num().item(),
+            "eos": fmean(response[-1] in run.eos_ids for response in responses)}
+
+
+def report(policy, start_policy, reward_model, run, name, seed, when):
+    """Dev demonstrations against fresh samples: does the reward tell them apart, how far are we?"""
+    problems = (run.dev or run.demos)[:500]                 # enough for two digits
+    prompts = [problem["prompt_ids"] for problem in problems]
+    responses = respond(policy, prompts, run, 1.0, f"{seed} {when}")
+    r, d, objective, _ = judge(policy, start_policy, reward_model, list(zip(prompts, responses)), run)
+    margins = torch.tensor(score(reward, reward_model, texts_of(problems, "real"), run)) - r
+    return {"phase": name, "dev_margin": margins.mean().item(),
+            "dev_reward_accuracy": (margins > 0).float().mean().item(),
+            **measures(r, d, objective, responses, run), "when": f"{when} the policy steps"}
+
+
+def reward_warnings(before, after):
+    """What two reports, before and after the policy steps, show that a person should know: sentences."""
+    found = []
+    if after["kl"] > 0.5 * after["length"] or after["objective"] < before["objective"]:
+        found.append("the policy runs away from its start and gains nothing: raise --kl, lower --policy-lr")
+    if abs(before["reward_length"]) > 0.95:
+        found.append("the reward is nearly a function of length: is that what makes demonstrations better?")
+    return found
 
 
 def improve_policy(policy, start_policy, reward_model, run, name, seed):
-    """--policy-steps steps on E[r - kl * log pi/pi_ref] over fresh samples, in place; yields metrics."""
-    policy.eval()
-    recompute(policy, run)
+    """--policy-steps steps on E[r - kl d] over fresh samples, in place; yields metrics.
+
+    B = --policy-batch prompts (P) times --group-size samples of each (S). Under torchrun every rank keeps
+    whole copies of all models here: to shard what is sampled from at every step would not pay.
+    """
     rank, world = ranks()
-    rng, seconds, groups = random.Random(seed), 0.0, [{"params": list(policy.parameters())}]
-    optimizer, schedule = make_optimizer(groups, run.policy_lr, run.policy_steps, run)
+    recompute(policy, run)
+    rng, seconds = random.Random(seed), 0.0
+    optimizer, schedule = make_optimizer(policy.parameters(), run.policy_lr, run.policy_steps, run)
     for step in range(1, run.policy_steps + 1):
         began, chosen = time.time(), rng.sample(run.demos, min(run.policy_batch, len(run.demos)))
-        prompts = [demo["prompt_ids"] for demo in chosen for _ in range(run.group_size)]
+        prompts = [demo["prompt_ids"] for demo in chosen for _ in range(run.group_size)]    # B of them
         responses = respond(policy, prompts, run, 1.0, f"{seed} {step}")
-        both = list(zip(prompts, responses))                                                # B of them
-        r, kl, objective, old_logps = judge(policy, start_policy, reward_model, both, run)
+        texts = list(zip(prompts, responses))
+        r, d, objective, old_logps = judge(policy, start_policy, reward_model, texts, run)  # (B,) each
         gains = advantages(objective.view(-1, run.group_size)).flatten()        # (B,) -> (P, S) -> (B,)
         for _ in range(run.ppo_epochs):     # once: REINFORCE; more: the policy leaves its samples behind,
             total = 0.0                     # so their ratio matters, and its clipping
-            for rows in chunks(range(rank, len(both), world), run.micro_batch or len(both)):
-                logps = response_logps(policy, [both[i] for i in rows])
+            for rows in chunks(range(rank, len(texts), world), run.micro_batch or len(texts)):
+                logps = response_logps(policy, [texts[i] for i in rows])
                 old, gain = (values[list(rows)].to(policy.device) for values in (old_logps, gains))
-                loss = policy_losses(logps, old, gain, run.clip_ratio).sum() / len(both)
+                loss = policy_losses(logps, old, gain, run.clip_ratio).sum() / len(texts)
                 (loss * world).backward()
                 total += loss.item()
             total, norm = added_up(total)[0], clip_gradients(policy, run.clip)
@@ -361,9 +396,8 @@ def improve_policy(policy, start_policy, reward_model, run, name, seed):
         schedule.step()
         seconds += time.time() - began
         if step % 8 == 0 or step == run.policy_steps:
-            yield {"phase": name, "policy_step": step, "steps": run.policy_steps, "objective":
-                   objective.mean().item(), **measures(r, kl, responses, run), "grad_norm": norm,
-                   "seconds": seconds}
+            yield {"phase": name, "policy_step": step, "steps": run.policy_steps,
+                   **measures(r, d, objective, responses, run), "grad_norm": norm, "seconds": seconds}
             seconds = 0.0
 
 
@@ -376,11 +410,9 @@ def rft_round(policy, run, pairs, t, seed):
     if run.reward_pairs == "all":
         pairs = sum((read(run.out / f"round_{k}" / "generated.jsonl") for k in range(1, t)), pairs)
     yield from fit_reward(reward_model, pairs, run.preferences, run, name, seed)
-    before = report(policy, start_policy, reward_model, run, name, f"{seed} before")
-    yield {**before, "when": "before the policy steps"}
+    yield (before := report(policy, start_policy, reward_model, run, name, seed, "before"))
     yield from improve_policy(policy, start_policy, reward_model, run, name, seed)
-    after = report(policy, start_policy, reward_model, run, name, f"{seed} after")
-    yield {**after, "when": "after the policy steps"}
+    yield (after := report(policy, start_policy, reward_model, run, name, seed, "after"))
     for sentence in reward_warnings(before, after):
         print(f"warning, {name}: {sentence}")
     save_model(reward_model, tokenizer, run.out / f"round_{t}.partial" / "reward")
@@ -402,26 +434,23 @@ class LoRA(torch.nn.Module):
     def forward(self, x):                                               # (..., in) -> (..., out)
         return self.linear(x) + self.factor * F.linear(F.linear(x, self.a), self.b)
 
-def children(model):
-    return [(parent, name, child) for parent in model.modules() for name, child in parent.named_children()]
-
 def add_lora(model, rank, seed):
     """In place: of the model, only the new A and B of each layer in ADAPTED are trained."""
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(random.Random(f"{seed} lora").getrandbits(60))
-    for parent, name, child in children(model):
-        if name in ADAPTED:
-            setattr(parent, name, LoRA(child, rank, generator))
+    for name, module in list(model.named_modules()):
+        if name.rpartition(".")[2] in ADAPTED:
+            model.set_submodule(name, LoRA(module, rank, generator))
     if not any(weight.requires_grad for weight in model.parameters()):
         die(f"--lora-rank: the model has none of the layers {', '.join(ADAPTED)}")
 
 @torch.no_grad()
 def merge_lora(model):
     """In place: W + alpha/rank B A takes the place of W, A and B, and can be trained again."""
-    for parent, name, child in children(model):
-        if isinstance(child, LoRA):
-            child.linear.weight += child.factor * child.b @ child.a
-            setattr(parent, name, child.linear)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, LoRA):
+            module.linear.weight += module.factor * module.b @ module.a
+            model.set_submodule(name, module.linear)
     model.requires_grad_(True)
 
 
@@ -430,19 +459,21 @@ def merge_lora(model):
 def main(args):
     """Base, rounds, SFT baseline; returns what summary.json holds: the table's rows, the best round."""
     run, policy = start(args, f"irft-{args.method}")
-    if args.reward_model and args.method == "rft":      # a mistake there should not cost the samples
+    irft = args.method == "irft"
+    if irft and args.chunks > len(run.demos):
+        die(f"--chunks {args.chunks}: there are only {len(run.demos)} demonstrations")
+    if args.reward_model:                               # a mistake there should not cost the samples
         load_reward(args.reward_model, run)
     run.preferences = read_preferences(args.preferences, run) if args.preferences else []
     write(run.out / "args.json", [vars(args)])          # nothing is written before all input has been read
     evaluate(run, "base", policy)
-    irft = args.method == "irft"
     for t in range(1, (args.chunks if irft else args.rounds) + 1):
         name, seed, folder = f"{args.method} {t}", f"{args.seed} round {t}", run.out / f"round_{t}"
         if not folder.exists():             # a resumed run may have this round behind it
             demos = run.demos[t - 1::args.chunks] if irft else run.demos        # a chunk: every T-th of them
             if run.lora_rank:
                 add_lora(policy, run.lora_rank, seed)
-            pairs = keep_pairs(run, name, t, demos, lambda: self_play(policy, run, demos, seed))
+            pairs = keep_pairs(policy, run, name, t, demos, seed)
             if irft:
                 # steps as a part of an epoch: one loop for both ways of counting
                 epochs = (args.steps_per_chunk or 0) / math.ceil(len(pairs) / args.batch) or args.epochs
@@ -457,11 +488,12 @@ def main(args):
         policy = load_model(folder, run.device, run.trust_remote_code)
         evaluate(run, name, policy)
     if args.baseline == "sft" and (irft or args.rounds):
-        sft_baseline(run, args, budget(run, args))
+        del policy                          # makes room for another
+        sft_baseline(run, budget(run))
     return summarize(run)
 
 
-# ---- PLUMBING: nothing below is specific to the method -----------------------------------------------------
+# ---- PLUMBING: the method can be understood without it -----------------------------------------------------
 
 def die(sentence):
     """A person's mistake: one sentence on stderr, exit code 2."""
@@ -472,18 +504,24 @@ def number(kind, low=-math.inf, above=-math.inf, word=None):
     """argparse type: a finite int or float, >= low and > above; or this word."""
     def parse(text):
         if text != word and not (math.isfinite(kind(text)) and kind(text) >= low and kind(text) > above):
-            raise argparse.ArgumentTypeError(f"{text} is out of range")
+            raise ValueError
         return text if text == word else kind(text)
-    parse.__name__ = kind.__name__          # argparse: "invalid int value" when kind(text) fails
+    limits = {f">= {low}": low > -math.inf, f"> {above}": above > -math.inf, f"or {word}": word}
+    # argparse puts the name into its sentence: invalid int >= 1 value: '0'
+    parse.__name__ = " ".join([kind.__name__, *(limit for limit, given in limits.items() if given)])
     return parse
 
-def complete(args, parser):
-    """Defaults that depend on other flags; with --resume, the flags of that run."""
+def complete(args, parser, groups):
+    """Defaults that depend on other flags, flags of the other method; with --resume, those of that run."""
     args.shift, args.shift_lr = 0.0, 0.0                    # of h: it would cancel in both losses
     if args.resume:
         return resumed(args, parser)
     if args.data == parser.get_default("data"):             # the toy's problems go with its demonstrations
         args.dev, args.heldout = args.dev or f"{TOY}/dev.jsonl", args.heldout or f"{TOY}/heldout.jsonl"
+    for method, group in groups.items():
+        for action in group._group_actions if method != args.method else ():
+            if getattr(args, action.dest) != action.default:
+                parser.error(f"{action.option_strings[0]} belongs to --method {method}, not to {args.method}")
     if args.reward_loss == "linear" and not args.reward_penalty:
         parser.error("--reward-loss linear falls for ever without a --reward-penalty above 0")
     if args.group_size < 2:
@@ -501,7 +539,7 @@ def resumed(args, parser):
         parser.error(f"--resume {args.resume}: a run of another script, or of another version of this one")
     # A flag at its default was most likely not given, so it is no contradiction to that run.
     own = [k for k, v in vars(args).items() if v not in (saved[0].get(k), parser.get_default(k))]
-    if set(own) - {"resume", "rounds"}:
+    if own := {*own} - {"resume", "rounds"}:
         parser.error(f"--resume goes on with the flags of that run; these are others: {', '.join(own)}")
     rounds = max(args.rounds, saved[0]["rounds"])
     return argparse.Namespace(**saved[0] | {"resume": args.resume, "rounds": rounds})
@@ -522,19 +560,21 @@ def collate(pairs, device, side="right"):
     mask = [torch.tensor([False] * len(prompt) + [True] * len(response)) for prompt, response in pairs]
     return [pad_sequence(rows, batch_first=True, padding_side=side).to(device) for rows in (ids, mask)]
 
-def texts(pairs, side):
+def texts_of(pairs, side):
+    """[(prompt ids, that side's response ids)], as response_logps takes them; side: "real" or "generated"."""
     return [(pair["prompt_ids"], pair[f"{side}_ids"]) for pair in pairs]
 
 @torch.no_grad()
-def score(measure, model, both, batch):
+def score(measure, model, texts, args):
     """measure(model, [(prompt ids, response ids)]) in batches of similar length: floats, same order."""
-    def of_share(both, _):
-        values, order = [0.0] * len(both), sorted(range(len(both)), key=lambda i: len(sum(both[i], [])))
+    batch = 2 * args.micro_batch if args.micro_batch else args.sample_batch     # 2: in training both sides
+    def of_share(texts, _):
+        values, order = [0.0] * len(texts), sorted(range(len(texts)), key=lambda i: len(sum(texts[i], [])))
         for rows in tqdm(chunks(order, batch), desc="scoring", leave=False, disable=None):
-            for i, value in zip(rows, measure(model, [both[i] for i in rows]).tolist()):
+            for i, value in zip(rows, measure(model, [texts[i] for i in rows]).tolist()):
                 values[i] = value
         return values
-    return shared_out(both, of_share)
+    return shared_out(texts, of_share)
 
 def respond(policy, prompts, run, temperature, seed):
     """One response to each of the prompts, every rank sampling its share."""
@@ -556,11 +596,11 @@ def ranks():
 def shared_out(items, function):
     """function(a share of items, name of this rank) on every rank -> all results, in order, on every rank.
 
-    Shares are equally long, so that all ranks call a sharded model equally often: a short one repeats its
-    last items, whose results are dropped. The name is "" on rank 0, so that one process keeps its seeds.
+    Shares are equally long, so that all ranks call a sharded model equally often: a short one gets one of
+    the first items again, whose result is dropped. The name is "" on rank 0: one process keeps its seeds.
     """
     rank, world = ranks()
-    if world == 1 or not items:
+    if world == 1:
         return function(items, "")
     share = [items[i % len(items)] for i in range(rank, world * math.ceil(len(items) / world), world)]
     parts = [None] * world                  # dealt out like cards: rank r has the items r, r + world, ...
@@ -613,7 +653,7 @@ def recompute(model, args):
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
 def make_optimizer(groups, lr, steps, args):
-    """AdamW or RMSprop without weight decay, which leaves a shift that is not learned alone; its schedule."""
+    """AdamW or RMSprop without weight decay, and its schedule."""
     make = {"adamw": torch.optim.AdamW, "rmsprop": torch.optim.RMSprop}[args.optimizer]
     optimizer = make(groups, lr=lr, weight_decay=0)
     warmup = round(args.warmup if args.warmup >= 1 else args.warmup * steps)
@@ -646,8 +686,8 @@ def check_step(model, batch, name, step, total, norm, loss, scale, shift):
     if abs(total - expected) > (0.1 if model.device.type == "cuda" else 0.01) * max(1, abs(expected)):
         die(f"{name}: policy and reference disagree: first loss {total:.4f}, it should be {expected:.4f}")
 
-# Columns of the prompt and of the response; the first pair that is all there is used. Without a prompt column
-# the response is a list of messages or an HH transcript, and its last assistant turn is imitated.
+# Columns of the prompt and of the response: of these pairs, the first whose columns all exist. Without one of
+# the prompt, the response is a list of messages or an HH transcript, and its last assistant turn is imitated.
 FORMATS = [("prompt", "chosen"), (None, "chosen"), ("prompt", "response"), ("prompt", "completion"),
            ("question", "answer"), ("instruction", "output"), (None, "real"), (None, "messages"),
            (None, "conversations")]
@@ -691,16 +731,20 @@ def to_messages(place, row):
         turns = [{"from": who, "value": text.strip()} for who, text in zip(parts[::2], parts[1::2])]
     elif not isinstance(turns, list):
         turns = [{"role": "assistant", "content": turns}]
-    # Two conventions, role/content and from/value, become one; what is neither is caught below.
-    turns = [{"role": ROLES.get(turn.get("from"), turn.get("role", turn.get("from"))),
-              "content": turn.get("value", turn.get("content"))} if isinstance(turn, dict) else {"role": None}
-             for turn in turns]
+
+    def message(turn):                      # two conventions; what is neither is caught below
+        turn = turn if isinstance(turn, dict) else {}
+        return {"role": ROLES.get(turn.get("from"), turn.get("role", turn.get("from"))),
+                "content": turn.get("value", turn.get("content"))}
+
+    turns = [message(turn) for turn in turns]
     while turns and turns[-1]["role"] != "assistant":       # the last assistant turn is the response
         turns.pop()
     if before and len(turns) == 1:          # else the conversation in the column has its prompt in it
-        turns = (prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]) + turns
-    if len(turns) < 2 or not all(isinstance(turn, dict) and turn["role"] and isinstance(turn["content"], str)
-                                 and turn["content"].strip() for turn in turns):
+        prompt = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
+        turns = [message(turn) for turn in prompt] + turns
+    if len(turns) < 2 or not all(turn["role"] and isinstance(turn["content"], str) and turn["content"].strip()
+                                 for turn in turns):
         die(f"{place}: {' and '.join(filter(None, columns[0]))} must hold a prompt and, by the assistant, a "
             "response, both text, not empty")
     return turns
@@ -780,11 +824,10 @@ def start(args, label):
                or (out / f"round_{record['phase'].split()[-1]}").exists()]
     return argparse.Namespace(**vars(args) | {
         "out": out, "device": device, "tokenizer": tokenizer, "eos_ids": eos_ids, "window": window,
-        "demos": demos, "dev": dev, "heldout": heldout, "records": records,
-        "score_batch": 2 * args.micro_batch if args.micro_batch else args.sample_batch}), policy
+        "demos": demos, "dev": dev, "heldout": heldout, "records": records}), policy
 
 def load(kind, path, trust, what="a tokenizer", **more):
-    """kind.from_pretrained(path); pickles, which can run anything, are not read."""
+    """kind.from_pretrained(path), or a sentence about what is wrong there."""
     try:
         return kind.from_pretrained(path, trust_remote_code=trust, **more)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
@@ -792,7 +835,7 @@ def load(kind, path, trust, what="a tokenizer", **more):
             "Hub name, that has config.json, .safetensors and a tokenizer; code in it: --trust-remote-code")
 
 def load_model(path, device, trust=False):
-    """A causal language model with fp32 weights."""
+    """A causal language model with fp32 weights; pickles, which can run anything, are not read."""
     # A weight that the file lacks would be random without a word; one that is NaN would be found much later.
     model, info = load(AutoModelForCausalLM, path, trust, "a causal language model", dtype=torch.float32,
                        use_safetensors=True, output_loading_info=True)
@@ -814,7 +857,7 @@ def load_reward(path, run):
         torch.nn.init.zeros_(model.score.weight)
     # transformers reads a classifier at the last token that is not a pad: an EOS must not be one
     if tokenizer.pad_token_id in {None, *run.eos_ids}:
-        torch.manual_seed(run.seed)
+        torch.manual_seed(run.seed)         # the new token's row is random, but alike in every run and rank
         tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
         model.resize_token_embeddings(max(len(tokenizer), model.get_input_embeddings().num_embeddings))
     model.config.pad_token_id = tokenizer.pad_token_id
@@ -837,51 +880,26 @@ def read_preferences(name, run):
     print(f"{name}: {len(pairs)} preferences; {len(rows) - len(pairs)} left out, as their prompts differ")
     return pairs or die(f"{name}: no two sides answer the same prompt")
 
-def measures(r, kl, responses, run):
-    """Of fresh samples: mean reward, KL in nats per response, length, its correlation with r, EOS share."""
-    length = torch.tensor([float(len(response)) for response in responses])
-    return {"reward": r.mean().item(), "kl": kl.mean().item(), "length": length.mean().item(),
-            "reward_length": torch.corrcoef(torch.stack([r, length]))[0, 1].nan_to_num().item(),
-            "eos": fmean(response[-1] in run.eos_ids for response in responses)}
-
-def report(policy, start_policy, reward_model, run, name, seed):
-    """Dev demonstrations against fresh samples: does the reward tell them apart, how far are we?"""
-    problems = (run.dev or run.demos)[:500]                 # enough for two digits
-    prompts = [problem["prompt_ids"] for problem in problems]
-    responses = respond(policy, prompts, run, 1.0, seed)
-    r, kl, objective, _ = judge(policy, start_policy, reward_model, list(zip(prompts, responses)), run)
-    margins = torch.tensor(score(reward, reward_model, texts(problems, "real"), run.score_batch)) - r
-    return {"phase": name, "dev_margin": margins.mean().item(), "dev_reward_accuracy":
-            (margins > 0).float().mean().item(), "objective": objective.mean().item(),
-            **measures(r, kl, responses, run)}
-
-def reward_warnings(before, after):
-    """What two reports, before and after the policy steps, show that a person should know: sentences."""
-    found = []
-    if after["kl"] > 0.5 * after["length"] or after["objective"] < before["objective"]:
-        found.append("the policy runs away from its start and gains nothing by it: raise --kl, lower --lr")
-    if abs(before["reward_length"]) > 0.95:
-        found.append("the reward is nearly a function of length: is that what makes demonstrations better?")
-    return found
-
-def budget(run, args):
-    """SFT epochs that cost at least what our rounds did, by the responses trained on, twice."""
-    if args.method == "irft":
-        return 3 * args.samples_per_prompt * math.ceil(
-            (args.steps_per_chunk or 0) * args.batch * args.chunks / len(run.demos) or args.epochs)
-    responses = args.reward_steps * args.batch + args.policy_steps * args.policy_batch * args.group_size
-    return math.ceil(2 * args.rounds * responses / len(run.demos)) or 1
+def budget(run):
+    """SFT epochs that cost at least what our rounds do, in forward passes of a response: training takes 3."""
+    if run.method == "irft":                # a pair takes 6, and once for all epochs 3: sampled, both scored
+        return 3 * run.samples_per_prompt * math.ceil(
+            (run.steps_per_chunk or 0) * run.batch * run.chunks / len(run.demos) or run.epochs)
+    passes = 3 * run.samples_per_prompt * len(run.demos)                    # the pairs: sampled, both scored
+    passes += 6 * run.reward_steps * run.batch * (1 + bool(run.preferences))
+    responses = run.policy_steps * run.policy_batch * run.group_size    # sampled, scored by three, trained on
+    passes += (4 + 3 * run.ppo_epochs) * responses
+    return math.ceil(run.rounds * passes / (3 * len(run.demos))) + 1        # and one for the two reports
 
 def save_model(model, tokenizer, folder):
     """HF format, written beside its place and moved there when complete, with the samples of the round."""
-    partial = folder.with_name(folder.name + ".partial")
-    state = state_dicts.get_model_state_dict(model, options=state_dicts.StateDictOptions(
-        full_state_dict=True, cpu_offload=True)) if isinstance(model, FSDPModule) else None     # on rank 0
+    unfinished = folder.with_name(folder.name + ".partial")
+    state = gather_full_state_dict(model) if isinstance(model, FSDPModule) else None        # {} but on rank 0
     if ranks()[0] == 0:
-        model.save_pretrained(partial, state_dict=state)
-        tokenizer.save_pretrained(partial)
+        model.save_pretrained(unfinished, state_dict=state)
+        tokenizer.save_pretrained(unfinished)
         shutil.rmtree(folder, ignore_errors=True)
-        settle(partial, folder)
+        settle(unfinished, folder)
     if dist.is_initialized():
         dist.barrier()
 
@@ -890,19 +908,19 @@ def write(path, rows):
     if ranks()[0]:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    settle(partial, path)
+    unfinished = path.with_name(path.name + ".partial")
+    unfinished.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    settle(unfinished, path)
 
-def settle(partial, path):
+def settle(unfinished, path):
     """Rename a file or folder that is complete, and on the disk: not even a power cut leaves half of it."""
-    for file in filter(Path.is_file, (partial, *partial.rglob("*"))):
+    for file in filter(Path.is_file, (unfinished, *unfinished.rglob("*"))):
         with open(file, "rb+") as written:
             os.fsync(written.fileno())
-    os.replace(partial, path)
+    os.replace(unfinished, path)
 
 def read(path):
-    """The rows that `write` wrote, if there are any; a last line that was cut off is dropped."""
+    """The rows that `write` wrote, if any; a last line that was cut off, as by copying, is dropped."""
     *lines, rest = path.read_text(encoding="utf-8").split("\n") if path.exists() else [""]
     if rest:
         print(f"{path}: dropped its last line, which is unfinished")
@@ -911,16 +929,16 @@ def read(path):
     except ValueError as error:
         die(f"{path}: line {len(lines)} or before is not JSON ({error}); delete the file")
 
-def keep_pairs(run, name, t, demos, make):
+def keep_pairs(policy, run, name, t, demos, seed):
     """The pairs of round t from their file, which a resumed run may have; else made, and written there."""
     file, began = run.out / f"round_{t}.partial" / "generated.jsonl", time.time()
     pairs = read(file)                      # training changes nothing in them, so they can be used again
     if len(pairs) != len(demos) * run.samples_per_prompt:
-        pairs = make()
+        pairs = self_play(policy, run, demos, seed)
         write(file, pairs)
-    start = f"round_{t - 1}" if t > 1 else run.model        # one model in three roles, so said three times
+    origin = f"round_{t - 1}" if t > 1 else run.model       # one model in three roles
     same = fmean(pair["real_ids"] == pair["generated_ids"] for pair in pairs)
-    log(run, {"phase": name, "start": start, "negatives from": start, "reference": start,
+    log(run, {"phase": name, "start": origin, "negatives from": origin, "reference": origin,
               "pairs": len(pairs), "identical": same, "seconds": time.time() - began})
     return pairs
 
@@ -941,12 +959,12 @@ def answers(run, policy, problems, temperature):
     """One response each: (share of right ones, None unless all problems have a '####' answer; token ids)."""
     prompts = [problem["prompt_ids"] for problem in problems]
     ids = respond(policy, prompts, run, temperature, f"{run.seed} answers")
-    texts = run.tokenizer.batch_decode(ids, skip_special_tokens=True)
-    right = [final_answer(text) == problem["answer"] for text, problem in zip(texts, problems)]
+    said = run.tokenizer.batch_decode(ids, skip_special_tokens=True)
+    right = [final_answer(text) == problem["answer"] for text, problem in zip(said, problems)]
     return fmean(right) if all(problem["answer"] for problem in problems) else None, ids
 
 COLUMNS = {"greedy_accuracy": "greedy", "sampled_accuracy": "sampled", "n": "n", "heldout_nll": "NLL",
-           "mean_response_tokens": "tokens", "eos_share": "EOS"}    # summary.json: screen
+           "mean_response_tokens": "tokens", "eos_share": "EOS", "seconds": "seconds"}  # summary.json: screen
 
 def evaluate(run, name, policy):
     """Log a row of the table, unless a resumed run has it, and the greedy response to the first prompt."""
@@ -957,7 +975,7 @@ def evaluate(run, name, policy):
     if run.heldout:
         sampled, ids = answers(run, policy, problems, 1)
         tokens = sum(len(problem["real_ids"]) for problem in problems)
-        nll = -sum(score(response_logps, policy, texts(problems, "real"), run.score_batch)) / tokens
+        nll = -sum(score(response_logps, policy, texts_of(problems, "real"), run)) / tokens
         row |= zip(COLUMNS, [greedy, sampled, len(ids), nll, fmean(map(len, ids)),
                              fmean(response[-1] in run.eos_ids for response in ids)])
     row["seconds"] = sum(record.get("seconds", 0) for record in run.records if record["phase"] == name)
@@ -966,12 +984,11 @@ def evaluate(run, name, policy):
     for sentence in warnings(run.records) if name != "sft" else []:
         print(f"warning, {name}: {sentence}")
 
-def sft_baseline(run, args, epochs):
-    """SFT from the same start; its best epoch on dev, without --dev the last. At least our compute: a step
-    on pairs has two responses for its one, and sampling costs about as much as a third."""
-    policy, best = load_model(args.model, run.device, run.trust_remote_code), -1
+def sft_baseline(run, epochs):
+    """SFT from the same start; its best epoch on dev, without --dev the last."""
+    policy, best = load_model(run.model, run.device, run.trust_remote_code), -1
     # Records come every 16 steps, too; between epochs the generator waits, and the policy can be asked.
-    for record in train_round(policy, run.demos, "sft", epochs, args, "sft", f"{args.seed} sft"):
+    for record in train_round(policy, run.demos, "sft", epochs, run, "sft", f"{run.seed} sft"):
         if record["epoch"] % 1 == 0:
             record["dev_accuracy"] = dev = run.dev and answers(run, policy, run.dev, 0)[0]
             if dev is None or dev > best:
@@ -983,18 +1000,18 @@ def sft_baseline(run, args, epochs):
 def warnings(records):
     """What these records of metrics.jsonl show of the last round that a person should know: sentences."""
     rounds = [record for record in records if "row" in record and record["phase"] != "sft"]
-    before, now = rounds[-2:] if len(rounds) > 1 else rounds * 2
+    before, now = (rounds * 2)[-2:]         # of a single one, itself
     ours = [record for record in records if record["phase"] == now["phase"]]
     real, found = [record["real"] for record in ours if "generated" in record], []
     # The last quarter of the round against its first half; a nat is more than noise.
     if len(real) >= 4 and fmean(real[-(len(real) // 4):]) < min(-1, fmean(real[:len(real) // 2])):
-        found.append("real responses keep getting less likely: lower --lr, raise --scale, use --loss kliep")
+        found.append("real responses keep getting less likely: lower --lr, larger --scale, or GSIL's kliep")
     if any(record.get("identical", 0) > 0.5 for record in ours):
         found.append("most samples equal the demonstration: little is left to learn")
     if (now["row"]["eos_share"] or 0) < (before["row"]["eos_share"] or 0) - 0.1:
         found.append("fewer responses end in EOS: are demonstrations cut? raise --max-new-tokens")
     if (now["dev_accuracy"] or 0) < (before["dev_accuracy"] or 0) - 0.03:
-        found.append("the round lost on dev, it over-corrects: fewer --rounds or --epochs, a larger --scale")
+        found.append("the round lost on dev, it over-corrects: fewer rounds, epochs; larger --scale or --kl")
     return found
 
 def summarize(run):
@@ -1004,9 +1021,9 @@ def summarize(run):
     best = max(rounds, key=lambda record: record["dev_accuracy"] or 0, default={"phase": None})["phase"]
     summary = {"rows": [record["row"] for record in done], "best": best}
     write(run.out / "summary.json", [summary])
-    print(f"\n{'':10}" + "".join(f"{title:>10}" for title in (*COLUMNS.values(), "seconds")))
+    print(f"\n{'':10}" + "".join(f"{title:>10}" for title in COLUMNS.values()))
     for row in summary["rows"]:
-        cells = ("-" if row[key] is None else f"{row[key]:.3g}" for key in (*COLUMNS, "seconds"))
+        cells = ("-" if row[key] is None else f"{row[key]:.3g}" for key in COLUMNS)
         print(f"{row['name']:10}" + "".join(f"{cell:>10}" for cell in cells))
     print(f"best round: {best}; results in {run.out}")
     return summary
@@ -1018,7 +1035,8 @@ def run_safely(main, args):
         return main(args)
     except (KeyboardInterrupt, OSError, SafetensorError) as error:
         begun = args.out and os.path.exists(f"{args.out}/args.json")
-        how = f"go on with: python {sys.argv[0]} --resume {args.out}" if begun else "nothing is written yet"
+        python = "torchrun ..." if "LOCAL_RANK" in os.environ else "python"
+        how = f"go on with: {python} {sys.argv[0]} --resume {args.out}" if begun else "nothing is written yet"
         print(f"error: {str(error) or 'stopped'}; {how}", file=sys.stderr)
         raise SystemExit(130 if isinstance(error, KeyboardInterrupt) else 2)
 

@@ -167,7 +167,7 @@ def make_inputs(args, folder):
 # ---- gsil.py: the sides; each returns its figures ----------------------------------------------------------
 
 def both(pairs):
-    return gsil.texts(pairs, "real") + gsil.texts(pairs, "generated")
+    return gsil.texts_of(pairs, "real") + gsil.texts(pairs, "generated")
 
 
 def memory(which):
@@ -208,7 +208,7 @@ def train_ours(model, pairs, args):
     reference, training, before = Meter(), Meter(), memory("VmRSS")
     with reference:
         for side in ("real", "generated"):
-            logps = gsil.score(gsil.response_logps, model, gsil.texts(pairs, side), 2 * args.micro_batch)
+            logps = gsil.score(gsil.response_logps, model, gsil.texts_of(pairs, side), args)
             for pair, logp in zip(pairs, logps):
                 pair[f"{side}_reference"] = logp
     with training:
@@ -253,7 +253,7 @@ def train_trl(args, folder):
     trainer.train()
     assert trainer.state.global_step == len(pairs) // args.batch_size
     theirs = [row["ref_chosen_logps"] for row in trainer.train_dataset]
-    ours = gsil.score(gsil.response_logps, gsil.load_model(folder, "cpu"), gsil.texts(pairs, "real"), 4)
+    ours = gsil.score(gsil.response_logps, gsil.load_model(folder, "cpu"), gsil.texts_of(pairs, "real"), args)
     assert max(abs(a - b) for a, b in zip(ours, theirs)) < 0.1, "TRL has scored other responses"
     return figures(trainer.before, reference, training, trainer.state.global_step)
 

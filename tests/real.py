@@ -87,7 +87,8 @@ def look(policy, tokenizer, eos_ids, problems, args):
                 f"{kind} tokens": f"{fmean(map(len, ids)):.0f}",
                 f"{kind} ends": f"{fmean(response[-1] in eos_ids for response in ids):.2f}"}
     tokens = sum(len(problem["real_ids"]) for problem in problems)
-    logps = gsil.score(gsil.response_logps, policy, gsil.texts(problems, "real"), 8)
+    flags = gsil.parse_args(["--micro-batch", "4"])
+    logps = gsil.score(gsil.response_logps, policy, gsil.texts_of(problems, "real"), flags)
     return row | {"NLL": f"{-sum(logps) / tokens:.3f}"}
 
 

@@ -28,7 +28,8 @@ RESULTS, SEEDS = ROOT / "runs" / "results", (0, 1, 2)
 TOKENIZER = gsil.AutoTokenizer.from_pretrained(gsil.TOY / "base")
 EOS = {TOKENIZER.eos_token_id}
 ROWS = gsil.read_rows(f"{gsil.TOY}/heldout.jsonl", "train")
-PROBLEMS = gsil.read_demos("heldout", ROWS, TOKENIZER, EOS, math.inf, gsil.parse_args([]))
+FLAGS = gsil.parse_args([])
+PROBLEMS = gsil.read_demos("heldout", ROWS, TOKENIZER, EOS, math.inf, FLAGS)
 PERFECT = "--data runs/toy-perfect/demos.jsonl --dev tests/toy/dev.jsonl --heldout tests/toy/heldout.jsonl"
 COLUMNS = ["greedy", "sampled", "shows working", "right if worked", "NLL"]
 
@@ -60,8 +61,8 @@ def look(policy, seed):
         found = map(gsil.final_answer, texts[key])
         right[key] = [answer == problem["answer"] for answer, problem in zip(found, PROBLEMS)]
     worked = ["=" in text for text in texts["sampled"]]
-    careful = gsil.score(gsil.response_logps, policy, gsil.texts(PROBLEMS, "real"), 256)
-    hasty = gsil.score(gsil.response_logps, policy, [(p["prompt_ids"], guess(p)) for p in PROBLEMS], 256)
+    careful = gsil.score(gsil.response_logps, policy, gsil.texts_of(PROBLEMS, "real"), FLAGS)
+    hasty = gsil.score(gsil.response_logps, policy, [(p["prompt_ids"], guess(p)) for p in PROBLEMS], FLAGS)
     return {
         "greedy": fmean(right["greedy"]),
         "sampled": fmean(right["sampled"]),

@@ -199,12 +199,13 @@ def test_one_context_is_read_once(models):
     forward.register_forward_pre_hook(lambda _, args, given: passes.append(given["input_ids"].shape),
                                       with_kwargs=True)
     context = list(range(10, 60))
-    one = [[(context + [letter], 1) for letter in (5, 6, 7, 8)]]
-    more = [[(context + [5, 6, 7], 3), (context + [5, 6], 2), (context + [9, 8, 7, 6], 4)]]
+    one = [[(context, [letter]) for letter in (5, 6, 7, 8)]]
+    more = [[(context, [5, 6, 7]), (context, [5, 6]), (context, [9, 8, 7, 6])]]
     assert ev.loglikelihoods(forward, one, 1) and passes == [(1, 50)]
     found = ev.loglikelihoods(forward, more, 1)[0]
     assert passes[1:] == [(1, 50), (3, 3)]
-    for (ids, n), value in zip(more[0], found):
+    for (start, rest), value in zip(more[0], found):
+        ids, n = start + rest, len(rest)
         logps = forward(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
         assert value == pytest.approx(sum(logps[t - 1, ids[t]].item() for t in range(50, 50 + n)), abs=1e-4)
 
@@ -219,9 +220,10 @@ def test_shared_contexts_in_other_models(kind):
     other, rng, problems = ev.AutoModelForCausalLM.from_config(config).eval(), random.Random(0), []
     for n in (3, 20, 40):
         context = rng.choices(range(99), k=n)
-        problems.append([(context + rng.choices(range(99), k=k), k) for k in (1, 5, 3)])
+        problems.append([(context, rng.choices(range(99), k=k)) for k in (1, 5, 3)])
     for choices, found in zip(problems, ev.loglikelihoods(other, problems, 9)):
-        for (ids, n), value in zip(choices, found):
+        for (start, rest), value in zip(choices, found):
+            ids, n = start + rest, len(rest)
             logps = other(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
             assert value == pytest.approx(
                 sum(logps[t - 1, ids[t]].item() for t in range(len(ids) - n, len(ids))), abs=1e-4)
@@ -231,7 +233,7 @@ def test_a_model_without_a_cache_of_keys_is_refused(capsys):
     """Its state would have read the pads: wrong log-likelihoods, in silence."""
     config = transformers.MambaConfig(vocab_size=99, hidden_size=32, num_hidden_layers=1)
     with pytest.raises(SystemExit):
-        ev.loglikelihoods(ev.AutoModelForCausalLM.from_config(config), [[([1, 2, 3], 1)]], 1, "arc_easy")
+        ev.loglikelihoods(ev.AutoModelForCausalLM.from_config(config), [[([1, 2], [3])]], 1, "arc_easy")
     assert "Mamba" in capsys.readouterr().err
 
 
@@ -263,7 +265,7 @@ def test_a_template_without_system_turn(models):
     refuse = "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}"
     tokenizer.chat_template = refuse + tokenizer.chat_template
     row = {"subject": "anatomy", "question": "Which?", "choices": [*"abcd"], "answer": 0}
-    assert ev.chat_prompt(ev.MMLU, row, [], tokenizer, "Which?").startswith("<s><|user|>\nWhich?")
+    assert ev.build_prompt(ev.MMLU, row, [], "Which?", tokenizer).startswith("<s><|user|>\nWhich?")
 
 
 def test_leaderboard_shots(tmp_path):
@@ -349,7 +351,7 @@ def test_examples_are_drawn_from_one_stream():
 
 def test_plain_prompt_is_what_its_docstring_shows():
     rows = [{"question": f"{n}+{n}?", "answer": str(2 * n)} for n in (1, 2)]
-    assert ev.plain_prompt(ev.GSM8K, rows[1], rows[:1]) == (
+    assert ev.build_prompt(ev.GSM8K, rows[1], rows[:1], ev.GSM8K.question(rows[1])) == (
         "Question: 1+1?\nAnswer: 2\n\n" "Question: 2+2?\nAnswer:")
     assert ev.cut("18\n\nQ: Why?", ["Q:", "\n\n"]) == "18"
 
@@ -447,7 +449,7 @@ def test_an_hh_transcript_and_its_formats():
         "BEGINNING OF CONVERSATION: USER: Hi ASSISTANT:Hello</s>USER: Why? ASSISTANT:So.</s>")
     ids = ev.reward_ids(tokenizer, False, turns[2:], "So.")        # the template's newline behind EOS is cut
     assert tokenizer.decode(ids) == "<|user|>\nWhy?</s>\n<|assistant|>\nSo.</s>"
-    assert ev.chat_prompt(ev.REWARD, HH, [], tokenizer).endswith(
+    assert ev.build_prompt(ev.REWARD, HH, [], "", tokenizer).endswith(
         "<|assistant|>\nHello</s>\n<|user|>\nWhy?</s>\n<|assistant|>\n")
 
 
@@ -461,7 +463,7 @@ def test_our_reward_scores_as_in_training(tmp_path):
     torch.nn.init.normal_(model.score.weight, generator=torch.Generator().manual_seed(0))
     rows = list(irft.read_rows(str(ROOT / "tests/toy/heldout.jsonl"), "train"))[:8]
     demos = irft.read_demos("", rows, tokenizer, trained.eos_ids, 512, trained)
-    expected = irft.reward(model, irft.texts(demos, "real")).tolist()
+    expected = irft.reward(model, irft.texts_of(demos, "real")).tolist()
     pairs = [([("user", row["question"])], row["answer"]) for _, row in rows]
     for pad in (own.pad_token_id, own.eos_token_id, None):
         model.config.pad_token_id = pad
@@ -504,7 +506,7 @@ def test_win_rate(tmp_path, capsys):
     assert (found["wins"], found["ties"], found["losses"], found["tokens"]) == (1, 1, 1, 5)
     assert found["win_rate"] == pytest.approx(1 / 3) and found["difference"] == -1
     assert found["half_width"] == pytest.approx(1.96 * math.sqrt(7 / 3))
-    config = ev.AutoConfig.from_pretrained(BASE, num_labels=1)
+    config = transformers.AutoConfig.from_pretrained(BASE, num_labels=1)
     torch.manual_seed(0)
     ev.AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path)
     ev.AutoTokenizer.from_pretrained(BASE).save_pretrained(tmp_path)
@@ -940,7 +942,7 @@ def test_the_shape_of_the_script():
     assert max(map(len, lines)) <= 110 and len(lines) <= 1045
 
 
-@pytest.mark.parametrize("name", ["die", "number", "chunks", "final_answer"])
+@pytest.mark.parametrize("name", ["die", "number", "chunks", "final_answer", "load"])
 def test_pieces_shared_with_gsil_are_the_same_text(name):
     """Copied, not imported: a reader meets the same function, and a repair must reach both."""
     assert inspect.getsource(getattr(ev, name)) == inspect.getsource(getattr(gsil, name))

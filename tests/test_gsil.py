@@ -119,7 +119,8 @@ def test_logps_equal_a_naive_loop_for_any_batch(model):
     assert gsil.response_logps(model, PAIRS[::-1]).tolist() == pytest.approx(expected[::-1], abs=1e-4)
     rows = [{"prompt_ids": prompt, "real_ids": response} for prompt, response in PAIRS]
     for batch in (1, 2, 3):
-        found = gsil.score(gsil.response_logps, model, gsil.texts(rows, "real"), batch)
+        args = gsil.parse_args(["--sample-batch", str(batch)])
+        found = gsil.score(gsil.response_logps, model, gsil.texts_of(rows, "real"), args)
         assert found == pytest.approx(expected, abs=1e-4)
 
 
@@ -180,6 +181,7 @@ SAME = {
     "prompt/completion": {"prompt": Q, "completion": A},
     "conversational prompt/completion": {"prompt": [user(Q)], "completion": [assistant(A)]},
     "question/answer": {"question": Q, "answer": A},
+    "prompt as conversation": {"prompt": [{"from": "human", "value": Q}], "response": A},
     "instruction/output": {"instruction": Q, "input": "", "output": A},
     "instruction/input/output": {"instruction": "How", "input": "many?", "output": A},
     "messages": {"messages": [user(Q), assistant(A)], "prompt_id": "1"},
@@ -303,7 +305,8 @@ def made_pairs(model, n=7, seed=0):
 
     pairs = [{"prompt_ids": ids(1, 6), "real_ids": ids(1, 8), "generated_ids": ids(1, 8)} for _ in range(n)]
     for side in ("real", "generated"):
-        for pair, logp in zip(pairs, gsil.score(gsil.response_logps, model, gsil.texts(pairs, side), 3)):
+        texts, args = gsil.texts_of(pairs, side), gsil.parse_args(["--sample-batch", "3"])
+        for pair, logp in zip(pairs, gsil.score(gsil.response_logps, model, texts, args)):
             pair[f"{side}_reference"] = logp
     return pairs
 
@@ -475,7 +478,7 @@ def test_end_to_end(loss, small, tmp_path):
     assert summary == json.loads((tmp_path / "run" / "summary.json").read_text())
     assert [row["name"] for row in summary["rows"]] == ["base", "round 1"] and summary["best"] == "round 1"
     for row in summary["rows"]:
-        assert list(row) == ["name", *gsil.COLUMNS, "seconds"]
+        assert list(row) == ["name", *gsil.COLUMNS]
         assert row["n"] == 20 and all(math.isfinite(row[key]) for key in row if key != "name")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "round_1")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / "round_1")
@@ -752,7 +755,7 @@ def test_the_pair_by_hand_in_readme():
     assert question in text and row["answer"] in text and "#### 17 <eos>" in text
 
     def sums():
-        sides = (gsil.texts([pair], side) for side in ("real", "generated"))
+        sides = (gsil.texts_of([pair], side) for side in ("real", "generated"))
         return [gsil.response_logps(policy, side).item() for side in sides]
 
     pair["real_reference"], pair["generated_reference"] = before = sums()

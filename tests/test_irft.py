@@ -42,7 +42,6 @@ def run_for(model_path, flags="", tokenizer=None):
     """What start() would return, for the functions that need a few of its fields."""
     tokenizer = tokenizer or AutoTokenizer.from_pretrained(model_path)
     fields = {"tokenizer": tokenizer, "eos_ids": {EOS, 2}, "window": math.inf, "device": "cpu"}
-    fields |= {"score_batch": 3}
     return SimpleNamespace(**vars(args_for(flags)) | {"model": str(model_path)} | fields)
 
 
@@ -76,7 +75,8 @@ def test_reward_is_that_of_the_last_response_token_alone(reward_model):
             hidden = model.base_model(torch.tensor([prompt + response])).last_hidden_state
             assert torch.allclose(model.score(hidden)[0, -1, 0], r, atol=1e-5)
             assert torch.allclose(irft.reward(model, [(prompt, response)])[0], r, atol=1e-5)
-    assert irft.score(irft.reward, model, PAIRS, 2) == pytest.approx(together.tolist(), abs=1e-5)
+    found = irft.score(irft.reward, model, PAIRS, args_for("--sample-batch 2"))
+    assert found == pytest.approx(together.tolist(), abs=1e-5)
 
 
 def test_a_saved_reward_is_an_ordinary_classifier(reward_model, tmp_path):
@@ -333,7 +333,8 @@ def test_end_to_end(flags, small, tmp_path):  # noqa: F811
     rows = [json.loads(line) for line in (small / "dev.jsonl").read_text().splitlines()]
     preferences = [{"prompt": r["question"], "chosen": r["answer"], "rejected": "#### 1"} for r in rows]
     flags = flags.replace("PREFERENCES", str(write_jsonl(tmp_path / "p.jsonl", preferences)))
-    summary = run(small, tmp_path / "out", f"{flags} {FAST}")
+    fast = "" if "irft" in flags else FAST
+    summary = run(small, tmp_path / "out", f"{flags} {fast}")
     args = irft.parse_args(flags.split())
     rounds = args.chunks if args.method == "irft" else args.rounds
     names = [f"{args.method} {t}" for t in range(1, rounds + 1)]
@@ -419,6 +420,8 @@ def test_resume_after_a_stop_equals_an_undisturbed_run(small, tmp_path, monkeypa
         ("--group-size 1", "at least 2"),
         ("--reward-loss linear --reward-penalty 0", "falls for ever"),
         ("--freeze-layers 1.5", "share of the layers"),
+        ("--scale 0.5", "--scale belongs to --method irft"),
+        ("--method irft --kl 0.5", "--kl belongs to --method rft"),
     ],
 )
 def test_settings_that_cannot_work_are_one_sentence(flags, word, capsys):
@@ -426,6 +429,23 @@ def test_settings_that_cannot_work_are_one_sentence(flags, word, capsys):
     with pytest.raises(SystemExit) as stop:
         irft.parse_args(flags.split())
     assert stop.value.code == 2 and word in capsys.readouterr().err
+
+
+def test_more_chunks_than_demonstrations(small, tmp_path, capsys):  # noqa: F811
+    """The last chunks would be empty, which is found before the first is sampled."""
+    with pytest.raises(SystemExit) as stop:
+        run(small, tmp_path, "--method irft --chunks 41")
+    assert stop.value.code == 2 and "only 40 demonstrations" in capsys.readouterr().err
+
+
+def test_sft_costs_at_least_what_rft_does():
+    """A baseline with less compute would be a cheap victory; 3 forward passes are a response trained on."""
+    flags = "--rounds 2 --reward-steps 8 --batch 4 --policy-steps 2 --policy-batch 3 --group-size 2"
+    run = SimpleNamespace(**vars(args_for(flags)) | {"demos": [{}] * 16, "preferences": []})
+    pairs, reward, policy = 16 * (1 + 2), 8 * 4 * 2 * 3, 2 * 3 * 2 * (1 + 3 + 3)  # sampled, scored, trained
+    assert 3 * 16 * irft.budget(run) >= 2 * (pairs + reward + policy)
+    run.preferences = [{}]
+    assert 3 * 16 * irft.budget(run) >= 2 * (pairs + 2 * reward + policy)
 
 
 def test_readme_commands_parse():

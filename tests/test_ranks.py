@@ -49,9 +49,9 @@ def test_two_processes_train_to_the_weights_of_one(small, tmp_path):  # noqa: F8
     """Greedy samples are the same everywhere, so the pairs must be: each prompt once, in order. Then the same
     steps, although 40 pairs in batches of 13 leave one process a pair less. A loss divided by the wrong
     count, a gradient averaged twice, or weights of the root that FSDP forgot to gather, would show as a
-    distance of 1e-3. SFT answers dev problems between its epochs, for which every rank has all weights, and must
-    go on sharded. The shift is not learned here: its first gradient is 0 but for rounding, and AdamW makes
-    a full step of that, up or down."""
+    distance of 1e-3. SFT answers dev problems between its epochs, for which every rank has all weights, and
+    must go on sharded. The shift is not learned here: its first gradient is 0 but for rounding, and AdamW
+    makes a full step of that, up or down."""
     flags = "--micro-batch 4 --checkpoint-activations --epochs 1 --shift 0.1"
     gsil.main(gsil.parse_args((inputs(small, tmp_path / "one") + flags).split()))
     said, code = torchrun(ROOT / "gsil.py", inputs(small, tmp_path / "two") + flags)

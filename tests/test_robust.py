@@ -306,6 +306,10 @@ MISTAKES = {  # what -> (its flags, what the sentence says: place, value, remedy
     "no assistant": (lambda p: rows(p, json.dumps({"messages": [user("a")]})), ["messages", "assistant"]),
     "messages of text": (lambda p: rows(p, '{"messages": ["a", "b"]}'), ["x.jsonl line 1: messages"]),
     "prompt of text in a list": (lambda p: rows(p, '{"prompt": ["a"], "response": "b"}'), ["line 1: prompt"]),
+    "a prompt without a role": (
+        lambda p: rows(p, json.dumps({"prompt": [{"content": "a"}], "response": "b"})),
+        ["line 1: prompt and response"],
+    ),
     "no role": (lambda p: rows(p, json.dumps({"messages": [{"content": "a"}, assistant("b")]})), ["line 1"]),
     "long prompt": (
         lambda p: rows(p, OK_ROW + json.dumps({"prompt": "a" * 400, "response": "b"})),
@@ -335,7 +339,7 @@ MISTAKES = {  # what -> (its flags, what the sentence says: place, value, remedy
         ["--prompt-template 'Q: '", "{prompt}"],
     ),
     "template with a mistake": (lambda p: ["--prompt-template", "{% if {prompt}"], ["demos.jsonl line 1"]),
-    "out of range": (lambda p: "--lr 0", ["--lr", "out of range"]),
+    "out of range": (lambda p: "--lr 0", ["--lr", "float > 0"]),
     "typo": (lambda p: "--learning-rate 1", ["unrecognized arguments: --learning-rate"]),
     "out below a file": (lambda p: rows(p, OK_ROW) + f" --out {p}/x.jsonl/out", ["Not a directory"]),
     "out is a file": (lambda p: rows(p, OK_ROW) + f" --out {p}/x.jsonl", ["Not a directory", "x.jsonl"]),
