@@ -475,7 +475,7 @@ def answer_mt_bench(task, name, rows, shots, policy, args):
     file = Path(args.answers or "data/mt_bench/model_answer/{}.jsonl".format(
         args.model.strip("./").replace("/", "-")))         # FastChat's name of a model is the file's
     tokenizer, answers, samples = policy.tokenizer, read_answers(file), []
-    longest, room = limits(task, name, policy, args)
+    longest, room = limits(task, name, policy, args)       # room: of the prompt
     left = [row for row in rows if row["question_id"] not in answers]
     for row in tqdm(left, name, leave=False, disable=None):
         torch.manual_seed(0)                # for each question, as FastChat does
@@ -526,6 +526,7 @@ class Task:
     """One benchmark; texts and names are those of its file in lm_eval 0.4.13, lm_eval/tasks/...
 
     It needs data, fields, and either options and gold (the model chooses) or question and score (it writes).
+    By name are asked for: MMLU, which has subjects, and WINOGRANDE, where a choice may be empty.
     """
     data: tuple                                     # Hub name and configuration, or a file
     fields: dict                                    # column: an example of what it holds
@@ -549,7 +550,7 @@ class Task:
     filters: dict = field(default_factory=dict)     # name: response -> what counts of it
     reduce: Callable = normalize                    # right answer and found answer -> what is compared
     trained: bool = False                           # asks as the training scripts do: always the template
-    run: Callable | None = None                     # instead of `choose` or `write`, where a task differs
+    run: Callable | None = None                     # instead of `choose` or `respond`, where a task differs
 
     def example(self, row):
         """A worked example: what is asked, and its right answer."""
@@ -713,7 +714,7 @@ def evaluate(path, data, args):
                                                 else "leave out --chat to ask in plain text"))
     for name, (rows, shots) in data.items():
         task = TASKS[name]
-        run = task.run or (choose if task.options else write)
+        run = task.run or (choose if task.options else respond)
         samples = run(task, name, rows, shots, policy, args)
         outcome["samples"][name] = [{"doc_id": n} | sample for n, sample in enumerate(samples)]
         results = {name: summarize(samples)} if task is not MMLU else mmlu_results(
@@ -722,13 +723,13 @@ def evaluate(path, data, args):
     print_results(outcome)
     return outcome
 
-def write(task, name, rows, shots, policy, args):
+def respond(task, name, rows, shots, policy, args):
     """A sample per row: prompt, responses, what was found in them, metrics."""
     chat, tokenizer = args.chat or task.trained, policy.tokenizer
     prompts = [build_prompt(task, row, some, task.question(row), chat and tokenizer)
                for row, some in zip(rows, shots)]
     ids = [encode(tokenizer, prompt, special=not task.trained) for prompt in prompts]
-    longest, room = limits(task, name, policy, args)
+    longest, room = limits(task, name, policy, args)       # room: of the prompt
     stop = () if task.dialogue and chat else task.stop
     torch.manual_seed(args.seed)
     # A prompt that is too long loses its beginning, as in lm_eval, and is counted.
@@ -976,16 +977,17 @@ def load(kind, path, trust, what="a tokenizer", **more):
     try:
         return kind.from_pretrained(path, trust_remote_code=trust, **more)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        die(f"{path}: not {what}: {str(error).strip().splitlines()[0]}; take a folder, or with a network a "
-            "Hub name, that has config.json, .safetensors and a tokenizer; code in it: --trust-remote-code")
+        die(f"{path}: not {what}: {str(error).strip().splitlines()[0]}; take a folder (a run's round_1) "
+            "or with a network a Hub name, with config.json, .safetensors, tokenizer; --trust-remote-code if "
+            "there is code in it")
 
 def load_both(kind, path, what, args, **more):
     """A model of this kind, and its tokenizer."""
     hf_logging.set_verbosity_error()        # transformers would only warn of missing weights
     hf_logging.disable_progress_bar()
-    tokenizer = load(AutoTokenizer, path, args.trust_remote_code)
     model, info = load(kind, path, args.trust_remote_code, what, dtype=args.dtype, use_safetensors=True,
                        output_loading_info=True, **more)
+    tokenizer = load(AutoTokenizer, path, args.trust_remote_code)
     if info["missing_keys"]:
         die(f"{path}: lacks {', '.join(sorted(info['missing_keys'])):.200}: they would be random")
     if tokenizer.eos_token is None:

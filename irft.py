@@ -831,8 +831,9 @@ def load(kind, path, trust, what="a tokenizer", **more):
     try:
         return kind.from_pretrained(path, trust_remote_code=trust, **more)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        die(f"{path}: not {what}: {str(error).strip().splitlines()[0]}; take a folder, or with a network a "
-            "Hub name, that has config.json, .safetensors and a tokenizer; code in it: --trust-remote-code")
+        die(f"{path}: not {what}: {str(error).strip().splitlines()[0]}; take a folder (a run's round_1) "
+            "or with a network a Hub name, with config.json, .safetensors, tokenizer; --trust-remote-code if "
+            "there is code in it")
 
 def load_model(path, device, trust=False):
     """A causal language model with fp32 weights; pickles, which can run anything, are not read."""

@@ -74,6 +74,8 @@ def main():
     flag("--shots", type=int)
     flag("--limit", type=int, default=16)
     args = parser.parse_args()
+    if args.data and not (Path(args.data) / "train.jsonl").is_file():
+        parser.error(f"--data {args.data}: there is no train.jsonl in it")
     args.batch_size = args.batch_size or (16 if args.train else 8)
     if args.worker:
         torch.set_num_threads(1)

@@ -116,6 +116,8 @@ def main():
     args = parser.parse_args()
     if args.convert:
         return convert(args.convert)
+    if not (args.model and args.data and (Path(args.data) / "test.jsonl").is_file()):
+        parser.error("--model, and --data with GSM8K's train.jsonl and test.jsonl in it")
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(args.model)

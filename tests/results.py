@@ -7,6 +7,7 @@ problems, the second for the seeds, s being their standard deviation. Sampled nu
 problem, at temperature 1. Seconds are a median.
 """
 
+import argparse
 import functools
 import json
 import math
@@ -153,7 +154,7 @@ def predicted(scale, rounds=1):
         base, demo = (math.log(1 / make_toy.HASTY[crowd][steps] - 1) for crowd in ("base", "demo"))
         logit = demo + (1 - 1 / scale) ** rounds * (base - demo)
         shares[steps] = 1 / (1 + math.exp(-max(-99, min(99, logit))))
-    return f"{fmean(shares[problem['response'].count('=')] for problem in PROBLEMS):.3f}"[-4:]
+    return f"{fmean(shares[problem['response'].count('=')] for problem in PROBLEMS):.3f}".removeprefix("0")
 
 
 def gsil_tables():
@@ -253,12 +254,12 @@ def irft_tables():
 
     header(
         "python irft.py --rounds 8 ...: share of worked answers, in brackets of each seed",
-        ["", "1 round", "2", "4", "8"],
+        ["", "1 round", "2", "3", "4", "8"],
     )
     settings = [f"--reward-steps 64 --kl {kl}" for kl in ("0.1", "0.5", "1")]
     for setting in [*settings, "--reward-pairs all --kl 0.5"]:
         cells = []
-        for t in (1, 2, 4, 8):
+        for t in (1, 2, 3, 4, 8):
             flags, folder = f"--rounds 8 {setting} {none}", f"round_{t}"
             looks = [looked(run("irft", flags, seed) / folder, seed) for seed in SEEDS]
             each = [f"{look['shows working']:.2f}" for look in looks]
@@ -267,4 +268,7 @@ def irft_tables():
 
 
 if __name__ == "__main__":
-    {"gsil": gsil_tables, "irft": irft_tables}[sys.argv[1]]()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    tables = {"gsil": gsil_tables, "irft": irft_tables}
+    parser.add_argument("script", choices=tables)
+    tables[parser.parse_args().script]()
