@@ -229,9 +229,12 @@ def test_shared_contexts_in_other_models(kind):
                 sum(logps[t - 1, ids[t]].item() for t in range(len(ids) - n, len(ids))), abs=1e-4)
 
 
-def test_a_model_without_a_cache_of_keys_is_refused(capsys):
-    """Its state would have read the pads: wrong log-likelihoods, in silence."""
-    config = transformers.MambaConfig(vocab_size=99, hidden_size=32, num_hidden_layers=1)
+@pytest.mark.parametrize("kind", ["Mamba", "FalconH1"])
+def test_a_model_with_other_states_than_keys_is_refused(kind, capsys):
+    """They would have read the pads: wrong log-likelihoods, in silence. FalconH1 has keys as well."""
+    sizes = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes |= {"num_key_value_heads": 2, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8}
+    config = getattr(transformers, f"{kind}Config")(**sizes)
     with pytest.raises(SystemExit):
         ev.loglikelihoods(ev.AutoModelForCausalLM.from_config(config), [[([1, 2], [3])]], 1, "arc_easy")
     assert "Mamba" in capsys.readouterr().err
@@ -443,6 +446,8 @@ def test_an_hh_transcript_and_its_formats():
     assert ev.read_dialogue(HH) == (turns, HH["chosen"].removesuffix(" So."), "So.")
     one = {"prompt": "Why?", "response": "So."}
     assert ev.read_dialogue(one) == (turns[2:], "\n\nHuman: Why?\n\nAssistant:", "So.")
+    open_end = {"prompt": HH["chosen"].removesuffix("\n\nAssistant: So."), "chosen": "So."}
+    assert ev.read_dialogue(open_end) == (turns, HH["chosen"].removesuffix(" So."), "So.")
     tokenizer = byte_tokenizer()
     ids = ev.reward_ids(tokenizer, True, turns, "So.")
     assert tokenizer.decode(ids) == (
@@ -917,7 +922,7 @@ def test_files_as_people_have_them(tmp_path):
     assert len(found[0]) == 2 and all(rows == found[0] for rows in found)
 
 
-@pytest.mark.parametrize("content", [b'{"question": "a"}\n{oops\n', b"\xff\xfe", b"\n{"])
+@pytest.mark.parametrize("content", [b'{"question": "a"}\n{oops\n', b"\xff\xfe", b"\n{", b'{}\n{"a": "\xff"}\n'])
 def test_files_that_cannot_be_read(content, tmp_path, capsys):
     (tmp_path / "x.jsonl").write_bytes(content)
     sentence = fails(capsys, f"--data answers={tmp_path}/x.jsonl", "x.jsonl")
