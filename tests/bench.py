@@ -15,10 +15,11 @@ All train with the same loss (spin, which is DPO's), AdamW, lr and clipping; a s
 reference scoring. Memory is the peak above what was in use before: gradients and optimizer are in it. Ratios
 are theirs by ours, turn by turn: above 1 ours is better. CPU seconds suffer less from other programs.
 
---eval: seconds that eval.py and lm_eval 0.4.13 (which has to be installed) take for the same prompts, from
-text to text or to log-likelihoods, without loading; and how many responses differ, or by how much
-log-likelihoods do. lm_eval's own responses depend on the batch size where a stop string is a special token
-that is not EOS: with --batch-size 1 there should be no difference. Without --data, the rows of tests/parity.
+--eval: CPU seconds, on one thread, that eval.py and lm_eval 0.4.13 (which has to be installed) take for the
+same prompts, from text to text or to log-likelihoods, without loading; and how many responses differ, or by
+how much log-likelihoods do. lm_eval's own responses depend on the batch size where a stop string is a special
+token that is not EOS: with --batch-size 1 there should be no difference. Without --data, the rows of
+tests/parity.
 """
 import argparse
 import json
@@ -87,12 +88,15 @@ def main():
 
 
 def timed(function, seconds):
-    """The same function; appends the seconds of each call."""
+    """The same function; appends the CPU seconds of each call, with a GPU those by the clock."""
+    clock = time.perf_counter if torch.cuda.is_available() else time.process_time
+
     def call(*args, **kwargs):
-        began = time.perf_counter()
+        began = clock()
         result = function(*args, **kwargs)
-        seconds.append(time.perf_counter() - began)
+        seconds.append(clock() - began)
         return result
+
     return call
 
 
@@ -349,6 +353,7 @@ def bench_eval(args):
         from lm_eval.models.huggingface import HFLM
     except ImportError:
         sys.exit("lm_eval is not installed: pip install lm_eval==0.4.13 accelerate")
+    torch.set_num_threads(1)
     parts, ours, theirs = [], [], []
     device = "cuda" if torch.cuda.is_available() else "cpu"
     folder = Path(args.data or oracle.ROWS / args.task.split("_")[0])
