@@ -85,6 +85,7 @@ HOLD = {  # moment -> a function that is called then, and at which of its calls 
 def script_process(name, flags, folder, moment, limit, threads):
     """What `python NAME.py FLAGS` does; at the moment it makes a file and waits to be killed."""
     script, calls = SCRIPTS[name], []
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job would ignore Ctrl-C
     sys.argv = [f"{name}.py"]
     sys.stdout = sys.stderr = open(folder / "said", "w", buffering=1)
     torch.set_num_threads(threads)
