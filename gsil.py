@@ -19,6 +19,7 @@ negatives are the model's own: sampled at temperature 1, not greedily; and the s
     python gsil.py --model M --data train.jsonl --heldout test.jsonl --lr 1e-5 --scale 0.1     # your own
 """
 import argparse
+import gc
 import json
 import math
 import os
@@ -103,7 +104,6 @@ def sample(model, prompts, eos_ids, max_new_tokens, temperature, batch, seed):
     """
     responses = [[] for _ in prompts]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))          # similar lengths together
-    # A generator per batch: what is drawn does not depend on what was drawn before, in this run or another.
     for n, rows in enumerate(tqdm(chunks(order, batch), desc="sampling", leave=False, disable=None)):
         generator = torch.Generator(model.device).manual_seed(random.Random(f"{seed} {n}").getrandbits(60))
         ids, mask = collate([([], prompts[i]) for i in rows], model.device, "left")             # (B, P) each
@@ -253,12 +253,12 @@ def main(args):
             for record in train_round(policy, pairs, args.loss, args.epochs, args, name, seed):
                 log(run, record)
             save_model(policy, run.tokenizer, folder)
+        del policy                          # the next one needs the room
         policy = load_model(folder, run.device, run.trust_remote_code)
         evaluate(run, name, policy)
     if args.baseline == "sft" and args.loss != "sft" and args.rounds:
-        del policy                          # makes room for another
-        # A step on pairs has two responses for SFT's one, and sampling costs about as much as a third.
-        sft_baseline(run, 3 * args.epochs * args.rounds * args.samples_per_prompt)
+        del policy
+        sft_baseline(run, 3 * args.epochs * args.rounds * args.samples_per_prompt)      # 3: 2 sides, samples
     return summarize(run)
 
 
@@ -272,7 +272,7 @@ def die(sentence):
 def number(kind, low=-math.inf, above=-math.inf, word=None):
     """argparse type: a finite int or float, >= low and > above; or this word."""
     def parse(text):
-        if text != word and not (math.isfinite(kind(text)) and kind(text) >= low and kind(text) > above):
+        if text != word and not (abs(kind(text)) < 2 ** 63 and kind(text) >= low and kind(text) > above):
             raise ValueError
         return text if text == word else kind(text)
     limits = {f">= {low}": low > -math.inf, f"> {above}": above > -math.inf, f"or {word}": word}
@@ -401,9 +401,12 @@ def clip_gradients(model, limit, *others):
 def shard(model):
     """Spread weights, and so gradients and optimizer, over the ranks, in place: FSDP2, layer by layer."""
     if ranks()[1] > 1:
+        kind = type(model)
         mesh = dist.init_device_mesh(model.device.type, (ranks()[1],))
         for part in (*layers_of(model), model):
             fully_shard(part, mesh=mesh, reshard_after_forward=True)    # the root, too: by default it stays
+        # FSDP makes a class of its own; saved as that, a model with its own code could not be loaded.
+        type(model).__module__, type(model).__name__ = kind.__module__, kind.__name__
 
 def layers_of(model):
     """The transformer's layers: the first list of modules in a decoder."""
@@ -599,6 +602,7 @@ def load(kind, path, trust, what="a tokenizer", **more):
 
 def load_model(path, device, trust=False):
     """A causal language model with fp32 weights; pickles, which can run anything, are not read."""
+    gc.collect()                            # FSDP, and layers that recompute, refer to themselves
     # A weight that the file lacks would be random without a word; one that is NaN would be found much later.
     model, info = load(AutoModelForCausalLM, path, trust, "a causal language model", dtype=torch.float32,
                        use_safetensors=True, output_loading_info=True)
@@ -710,6 +714,7 @@ def sft_baseline(run, epochs):
                 best = dev
                 save_model(policy, run.tokenizer, run.out / "sft")
         log(run, record)
+    del policy
     evaluate(run, "sft", load_model(run.out / "sft", run.device, run.trust_remote_code))
 
 def warnings(records):

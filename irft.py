@@ -22,6 +22,7 @@ read at the last token of a response in training and in use; the SFT baseline is
     python irft.py --preferences prefs.jsonl --preference-weight 0.5
 """
 import argparse
+import gc
 import json
 import math
 import os
@@ -128,7 +129,6 @@ def sample(model, prompts, eos_ids, max_new_tokens, temperature, batch, seed):
     """
     responses = [[] for _ in prompts]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))          # similar lengths together
-    # A generator per batch: what is drawn does not depend on what was drawn before, in this run or another.
     for n, rows in enumerate(tqdm(chunks(order, batch), desc="sampling", leave=False, disable=None)):
         generator = torch.Generator(model.device).manual_seed(random.Random(f"{seed} {n}").getrandbits(60))
         ids, mask = collate([([], prompts[i]) for i in rows], model.device, "left")             # (B, P) each
@@ -485,10 +485,11 @@ def main(args):
             if run.lora_rank:
                 merge_lora(policy)
             save_model(policy, run.tokenizer, folder)
+        del policy                          # the next one needs the room
         policy = load_model(folder, run.device, run.trust_remote_code)
         evaluate(run, name, policy)
     if args.baseline == "sft" and (irft or args.rounds):
-        del policy                          # makes room for another
+        del policy
         sft_baseline(run, budget(run))
     return summarize(run)
 
@@ -503,7 +504,7 @@ def die(sentence):
 def number(kind, low=-math.inf, above=-math.inf, word=None):
     """argparse type: a finite int or float, >= low and > above; or this word."""
     def parse(text):
-        if text != word and not (math.isfinite(kind(text)) and kind(text) >= low and kind(text) > above):
+        if text != word and not (abs(kind(text)) < 2 ** 63 and kind(text) >= low and kind(text) > above):
             raise ValueError
         return text if text == word else kind(text)
     limits = {f">= {low}": low > -math.inf, f"> {above}": above > -math.inf, f"or {word}": word}
@@ -639,9 +640,12 @@ def clip_gradients(model, limit, *others):
 def shard(model):
     """Spread weights, and so gradients and optimizer, over the ranks, in place: FSDP2, layer by layer."""
     if ranks()[1] > 1:
+        kind = type(model)
         mesh = dist.init_device_mesh(model.device.type, (ranks()[1],))
         for part in (*layers_of(model), model):
             fully_shard(part, mesh=mesh, reshard_after_forward=True)    # the root, too: by default it stays
+        # FSDP makes a class of its own; saved as that, a model with its own code could not be loaded.
+        type(model).__module__, type(model).__name__ = kind.__module__, kind.__name__
 
 def layers_of(model):
     """The transformer's layers: the first list of modules in a decoder."""
@@ -837,6 +841,7 @@ def load(kind, path, trust, what="a tokenizer", **more):
 
 def load_model(path, device, trust=False):
     """A causal language model with fp32 weights; pickles, which can run anything, are not read."""
+    gc.collect()                            # FSDP, and layers that recompute, refer to themselves
     # A weight that the file lacks would be random without a word; one that is NaN would be found much later.
     model, info = load(AutoModelForCausalLM, path, trust, "a causal language model", dtype=torch.float32,
                        use_safetensors=True, output_loading_info=True)
@@ -890,7 +895,8 @@ def budget(run):
     passes += 6 * run.reward_steps * run.batch * (1 + bool(run.preferences))
     responses = run.policy_steps * run.policy_batch * run.group_size    # sampled, scored by three, trained on
     passes += (4 + 3 * run.ppo_epochs) * responses
-    return math.ceil(run.rounds * passes / (3 * len(run.demos))) + 1        # and one for the two reports
+    passes += 10 * min(500, len(run.dev or run.demos))                      # two reports: sampled, 4 scores
+    return math.ceil(run.rounds * passes / (3 * len(run.demos)))
 
 def save_model(model, tokenizer, folder):
     """HF format, written beside its place and moved there when complete, with the samples of the round."""
@@ -996,6 +1002,7 @@ def sft_baseline(run, epochs):
                 best = dev
                 save_model(policy, run.tokenizer, run.out / "sft")
         log(run, record)
+    del policy
     evaluate(run, "sft", load_model(run.out / "sft", run.device, run.trust_remote_code))
 
 def warnings(records):

@@ -173,7 +173,7 @@ def make_inputs(args, folder):
 # ---- gsil.py: the sides; each returns its figures ----------------------------------------------------------
 
 def both(pairs):
-    return gsil.texts_of(pairs, "real") + gsil.texts(pairs, "generated")
+    return gsil.texts_of(pairs, "real") + gsil.texts_of(pairs, "generated")
 
 
 def memory(which):

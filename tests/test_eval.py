@@ -240,6 +240,17 @@ def test_a_model_with_other_states_than_keys_is_refused(kind, capsys):
     assert "Mamba" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("short", [0, 1])
+def test_truncation_is_counted_from_the_first_token_on(short, monkeypatch):
+    """A count that starts a token late hides that the beginning of a prompt was never read."""
+    row = {"question": "a", "choices": {"text": ["b", "c"], "label": ["A", "B"]}, "answerKey": "A"}
+    monkeypatch.setattr(ev, "loglikelihoods", lambda model, problems, *_: [[0.0, 0.0]])
+    policy = ev.Policy(None, byte_tokenizer(), len("Question: a\nAnswer: b") - 1 - short)
+    args = SimpleNamespace(chat=False, batch_size=1)
+    (sample,) = ev.choose(ev.ARC_EASY, "arc_easy", [row], [[]], policy, args)
+    assert sample["truncated"] == bool(short)
+
+
 def test_mmlu_by_hand():
     """Two subjects, 1/2 and 4/4 right: 5/6 over questions, 3/4 over subjects; the error from within them."""
     scored = [{"truncated": False, "metrics": {"acc,none": float(right)}} for right in (1, 0, 1, 1, 1, 1)]
@@ -446,6 +457,8 @@ def test_an_hh_transcript_and_its_formats():
     assert ev.read_dialogue(HH) == (turns, HH["chosen"].removesuffix(" So."), "So.")
     one = {"prompt": "Why?", "response": "So."}
     assert ev.read_dialogue(one) == (turns[2:], "\n\nHuman: Why?\n\nAssistant:", "So.")
+    blank_end = {"prompt": "\n\nHuman: a\n\nAssistant: ", "chosen": "b"}
+    assert ev.read_dialogue(blank_end)[0] == [("user", "a")]
     open_end = {"prompt": HH["chosen"].removesuffix("\n\nAssistant: So."), "chosen": "So."}
     assert ev.read_dialogue(open_end) == (turns, HH["chosen"].removesuffix(" So."), "So.")
     tokenizer = byte_tokenizer()

@@ -124,6 +124,14 @@ def test_logps_equal_a_naive_loop_for_any_batch(model):
         assert found == pytest.approx(expected, abs=1e-4)
 
 
+def test_scoring_takes_as_many_responses_as_training():
+    """2 per pair of --micro-batch, or scoring would run out of memory where training does not."""
+    sizes, args = [], gsil.parse_args(["--micro-batch", "1"])
+    measure = lambda _, texts: sizes.append(len(texts)) or torch.zeros(len(texts))  # noqa: E731
+    gsil.score(measure, None, [([1], [2])] * 5, args)
+    assert sizes == [2, 2, 1]
+
+
 def test_logps_leave_their_inputs_alone(model):
     """A list extended in place would change the next epoch's data."""
     pairs = copy.deepcopy(PAIRS)

@@ -440,12 +440,14 @@ def test_more_chunks_than_demonstrations(small, tmp_path, capsys):  # noqa: F811
 
 def test_sft_costs_at_least_what_rft_does():
     """A baseline with less compute would be a cheap victory; 3 forward passes are a response trained on."""
-    flags = "--rounds 2 --reward-steps 8 --batch 4 --policy-steps 2 --policy-batch 3 --group-size 2"
-    run = SimpleNamespace(**vars(args_for(flags)) | {"demos": [{}] * 16, "preferences": []})
-    pairs, reward, policy = 16 * (1 + 2), 8 * 4 * 2 * 3, 2 * 3 * 2 * (1 + 3 + 3)  # sampled, scored, trained
-    assert 3 * 16 * irft.budget(run) >= 2 * (pairs + reward + policy)
+    flags = "--rounds 2 --reward-steps 8 --batch 4 --policy-steps 8 --policy-batch 3 --group-size 2"
+    run = args_for(f"{flags} --samples-per-prompt 3 --ppo-epochs 2")
+    run.demos, run.dev, run.preferences = [{}] * 16, [{}] * 7, []
+    pairs, reward = 3 * 16 * (1 + 2), 8 * 4 * 2 * 3  # sampled and both sides scored; two sides trained on
+    policy, reports = 8 * 3 * 2 * (1 + 3 + 2 * 3), 2 * 7 * (1 + 3 + 1)
+    assert irft.budget(run) == math.ceil(2 * (pairs + reward + policy + reports) / (3 * 16))
     run.preferences = [{}]
-    assert 3 * 16 * irft.budget(run) >= 2 * (pairs + 2 * reward + policy)
+    assert irft.budget(run) == math.ceil(2 * (pairs + 2 * reward + policy + reports) / (3 * 16))
 
 
 def test_readme_commands_parse():
