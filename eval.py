@@ -845,7 +845,7 @@ def die(sentence):
 def number(kind, low=-math.inf, above=-math.inf, word=None):
     """argparse type: a finite int or float, >= low and > above; or this word."""
     def parse(text):
-        if text != word and not (abs(kind(text)) < 2 ** 63 and kind(text) >= low and kind(text) > above):
+        if text != word and not (abs(kind(text)) < math.inf and kind(text) >= low and kind(text) > above):
             raise ValueError
         return text if text == word else kind(text)
     limits = {f">= {low}": low > -math.inf, f"> {above}": above > -math.inf, f"or {word}": word}

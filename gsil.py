@@ -272,7 +272,7 @@ def die(sentence):
 def number(kind, low=-math.inf, above=-math.inf, word=None):
     """argparse type: a finite int or float, >= low and > above; or this word."""
     def parse(text):
-        if text != word and not (abs(kind(text)) < 2 ** 63 and kind(text) >= low and kind(text) > above):
+        if text != word and not (abs(kind(text)) < math.inf and kind(text) >= low and kind(text) > above):
             raise ValueError
         return text if text == word else kind(text)
     limits = {f">= {low}": low > -math.inf, f"> {above}": above > -math.inf, f"or {word}": word}
@@ -602,7 +602,8 @@ def load(kind, path, trust, what="a tokenizer", **more):
 
 def load_model(path, device, trust=False):
     """A causal language model with fp32 weights; pickles, which can run anything, are not read."""
-    gc.collect()                            # FSDP, and layers that recompute, refer to themselves
+    if device != "cpu":                     # FSDP, and layers that recompute, refer to themselves: Python
+        gc.collect()                        # would free them some day, and knows nothing of a GPU's memory
     # A weight that the file lacks would be random without a word; one that is NaN would be found much later.
     model, info = load(AutoModelForCausalLM, path, trust, "a causal language model", dtype=torch.float32,
                        use_safetensors=True, output_loading_info=True)

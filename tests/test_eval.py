@@ -17,6 +17,7 @@ import shutil
 import sys
 import time
 from itertools import combinations
+from types import SimpleNamespace
 
 import pytest
 import torch
