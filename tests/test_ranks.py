@@ -1,5 +1,6 @@
 """torchrun: two processes on the CPU do what one does."""
 
+import importlib
 import json
 import os
 import random
@@ -64,33 +65,30 @@ def test_two_processes_train_to_the_weights_of_one(small, tmp_path):  # noqa: F8
         assert distance(one, two) < 1e-5 < 5e-4 < distance(one, start)
 
 
-def test_two_processes_fit_the_reward_of_one(small, tmp_path):  # noqa: F811
-    """RFT keeps whole copies: their gradients must be averaged, or the copies would part."""
-    flags = "--method rft --reward-steps 6 --policy-steps 1 --policy-batch 3 --baseline none"
+def test_two_processes_fit_the_reward_and_the_policy_of_one(small, tmp_path, monkeypatch):  # noqa: F811
+    """RFT keeps whole copies: their gradients must be averaged, or the copies would part; and every sample
+    counts once, on one rank. The samples are made up, as two ranks draw others than one."""
+    script = tmp_path / "same.py"
+    script.write_text(
+        "import irft\n"
+        "respond = lambda policy, prompts, *_: [[5 + 7 * i % 40, 1] for i in range(len(prompts))]\n"
+        "if __name__ == '__main__':\n"
+        "    irft.respond = respond\n"
+        "    irft.main(irft.parse_args())\n"
+    )
+    flags = "--reward-steps 6 --policy-steps 3 --policy-batch 5 --baseline none"
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(irft, "respond", importlib.import_module("same").respond)
     irft.main(irft.parse_args((inputs(small, tmp_path / "one") + flags).split()))
-    said, code = torchrun(ROOT / "irft.py", inputs(small, tmp_path / "two") + flags)
+    said, code = torchrun(script, inputs(small, tmp_path / "two") + flags)
     assert code == 0, said
+    one, two = (AutoModelForCausalLM.from_pretrained(tmp_path / name / "round_1") for name in ("one", "two"))
+    assert distance(one, two) < 1e-4
     one, two = (
         AutoModelForSequenceClassification.from_pretrained(tmp_path / name / "round_1" / "reward")
         for name in ("one", "two")
     )
     assert distance(one, two) < 1e-5
-
-
-def test_two_processes_improve_the_policy_of_one(small, tmp_path):  # noqa: F811
-    """Every sample counts once, on one rank. The samples are made up, as two ranks draw others than one."""
-    script = tmp_path / "same.py"
-    script.write_text(
-        "import irft\n"
-        "irft.respond = lambda policy, prompts, *_: [[5 + 7 * i % 40, 1] for i in range(len(prompts))]\n"
-        "irft.main(irft.parse_args())\n"
-    )
-    flags = "--reward-steps 2 --policy-steps 3 --policy-batch 5 --baseline none"
-    for processes in (1, 2):
-        said, code = torchrun(script, inputs(small, tmp_path / str(processes)) + flags, processes)
-        assert code == 0, said
-    one, two = (AutoModelForCausalLM.from_pretrained(tmp_path / name / "round_1") for name in ("1", "2"))
-    assert distance(one, two) < 1e-4
 
 
 def test_own_code_survives_sharding(small, tmp_path):  # noqa: F811
