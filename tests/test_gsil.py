@@ -559,8 +559,8 @@ def test_resume_after_a_stop_equals_an_undisturbed_run(small, tmp_path, monkeypa
 
 def test_resume_with_more_rounds(small, tmp_path):
     """Raising --rounds continues a finished run; the SFT baseline is trained again, its budget has grown."""
-    run(small, tmp_path / "two", "--rounds 2")
-    run(small, tmp_path / "one", "--rounds 1")
+    run(small, tmp_path / "two", "--rounds 2 --epochs 1")
+    run(small, tmp_path / "one", "--rounds 1 --epochs 1")
     gsil.main(gsil.parse_args(["--resume", str(tmp_path / "one"), "--rounds", "2"]))
     for folder in ("round_1", "round_2", "sft"):
         assert weights(tmp_path / "two" / folder) == weights(tmp_path / "one" / folder)

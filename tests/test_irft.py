@@ -299,7 +299,7 @@ def test_each_reward_warning_fires_on_its_sickness_alone(sick, word):
 
 # ---- whole runs --------------------------------------------------------------------------------------------
 
-FAST = "--reward-steps 4 --policy-steps 2 --policy-batch 8"
+FAST = "--reward-steps 4 --policy-steps 2 --policy-batch 4 --batch 8"
 
 
 def run(small, out, flags):  # noqa: F811
