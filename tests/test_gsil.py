@@ -557,6 +557,15 @@ def test_resume_after_a_stop_equals_an_undisturbed_run(small, tmp_path, monkeypa
     assert metrics(tmp_path / "whole") == metrics(tmp_path / "cut")
 
 
+def test_of_equal_epochs_of_sft_the_first_is_kept(small, tmp_path, monkeypatch):
+    """The later ones are no better on dev, and have only had more time to overfit."""
+    saved, save = [], gsil.save_model
+    monkeypatch.setattr(gsil, "save_model", lambda *args: (saved.append(args[2].name), save(*args)))
+    monkeypatch.setattr(gsil, "answers", lambda run, policy, problems, _: (0.5, [[EOS]] * len(problems)))
+    run(small, tmp_path, "--epochs 1")
+    assert saved == ["round_1", "sft"]
+
+
 def test_resume_with_more_rounds(small, tmp_path):
     """Raising --rounds continues a finished run; the SFT baseline is trained again, its budget has grown."""
     run(small, tmp_path / "two", "--rounds 2 --epochs 1")
