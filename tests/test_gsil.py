@@ -535,7 +535,7 @@ def test_same_seed_same_bytes(small, tmp_path):
 
 def test_resume_after_a_stop_equals_an_undisturbed_run(small, tmp_path, monkeypatch):
     """Stopped in round 2's training, a run goes on from round 1's weights and round 2's samples, exactly."""
-    run(small, tmp_path / "whole", "--rounds 2")
+    run(small, tmp_path / "whole", "--rounds 2 --epochs 1")
     train, sample = gsil.train_round, gsil.sample
 
     def stops(*args):
@@ -546,7 +546,7 @@ def test_resume_after_a_stop_equals_an_undisturbed_run(small, tmp_path, monkeypa
 
     monkeypatch.setattr(gsil, "train_round", stops)
     with pytest.raises(KeyboardInterrupt):
-        run(small, tmp_path / "cut", "--rounds 2")
+        run(small, tmp_path / "cut", "--rounds 2 --epochs 1")
     monkeypatch.setattr(gsil, "train_round", train)
     seeds = []
     monkeypatch.setattr(gsil, "sample", lambda *a: (seeds.append(a[-1]), sample(*a))[1])
