@@ -103,6 +103,8 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if not (args.convert or args.model):
         parser.error("name a --model, or make one with --convert OUT")
+    if min(args.heldout, args.demos) < 40:
+        parser.error("--heldout and --demos must be at least 40, so that every number of steps occurs")
     return args
 
 
