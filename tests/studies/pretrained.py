@@ -118,7 +118,9 @@ def convert(out):
     fresh.load_state_dict(model.state_dict())
     fresh.generation_config = model.generation_config
     fresh.save_pretrained(out)
-    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(out)
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    tokenizer.eos_token = "<|im_end|>"  # transformers 5.17 takes "<|im_start|>"
+    tokenizer.save_pretrained(out)
 
 
 # ---- Theory
