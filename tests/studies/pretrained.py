@@ -318,12 +318,13 @@ def study(case, args):
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     table = {}  # name: what measure() found, per seed
     scales = {"start": math.inf, "SFT": 1.0}
+    head = [f"Case {case}, {args.heldout} held-out problems: `python {' '.join(sys.argv)}`"]
 
     def add(name, seed, make, *inputs):
         file = out / f"rows/{slug(name)}-{seed}.json"
         row = kept(file, measure, tokenizer, parts["heldout"], seed, args, make, *inputs)
         table.setdefault(name, []).append(row)
-        report(out, parts, table, scales)
+        report(out, parts, table, scales, head)
 
     # The start: first the sums, then the habit.
     epochs = 1 if case == "mixed" else args.lesson_epochs
@@ -348,7 +349,7 @@ def study(case, args):
             file = out / f"rows/dev-{slug(flags)}.json"
             chances[flags] = kept(file, chance, folder, tokenizer, parts["dev"], args)
     flags = max(chances, key=chances.get)
-    print(f"dev: {chances}", flush=True)
+    head.append(f"SFT, the best of {len(chances)} settings on dev: `{flags}`")
     for seed in range(args.seeds):
         folder, seconds = train(out / f"{slug(flags)}-{seed}", *begin, seed, flags, args)
         add("SFT", seed, trained, folder.parent, *begin, seed, flags, args)
@@ -407,12 +408,12 @@ def line(name, runs, predicted):
     return "| " + " | ".join([*cells, str(len(runs))]) + " |"
 
 
-def report(out, parts, table, scales):
+def report(out, parts, table, scales, head):
     """Write results.md and shares.svg, and print the newest row."""
     by_steps = shares(parts, table["start"][0]["works"])
     rows = [line(name, runs, predict(by_steps, scales[name])) for name, runs in table.items()]
     print(rows[-1], flush=True)
-    text = [f"Case {out.name}, {len(parts['heldout'])} held-out problems: `python {' '.join(sys.argv)}`"]
+    text = [*head]
     for steps, (start, demos, _) in zip((2, 3, 4), by_steps):
         text.append(
             f"{steps} steps: the start works in {start:.3f} of its answers, the demonstrators in {demos:.3f}."
@@ -420,7 +421,7 @@ def report(out, parts, table, scales):
     if "SFT" in table:
         mean, half = interval([run["works"] for run in table["SFT"]])
         text.append(f"All: SFT in {mean:.3f} ± {half:.3f}, the demonstrators in {predict(by_steps, 1):.3f}.")
-    write(out / "results.md", "\n".join([*text, "", COLUMNS, *rows, "", NOTES, ""]))
+    write(out / "results.md", "\n".join(["\n\n".join(text), "", COLUMNS, *rows, "", NOTES, ""]))
     points = [
         (name, 1 / scales[name], *interval([run["works"] for run in runs])) for name, runs in table.items()
     ]
