@@ -60,5 +60,5 @@ def test_results_of_other_settings_are_not_mixed(tmp_path, monkeypatch):
     pretrained.main(pretrained.parse_args(flags))
     pretrained.main(pretrained.parse_args([*flags, "--cases", "mixed", "--seeds", "3"]))
     assert cases == ["habit", "mixed"]
-    with pytest.raises(SystemExit, match="was begun with demos = 224, not 90"):
+    with pytest.raises(SystemExit, match="was begun with demos = 192, not 90"):
         pretrained.main(pretrained.parse_args([*flags, "--demos", "90"]))

