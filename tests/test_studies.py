@@ -40,7 +40,7 @@ def test_intervals():
 def test_parts_of_the_data():
     """The prediction takes the demonstrations' shares as given: chance must not move them. A question in two parts
     would be known from training; and held-out problems that changed with --demos could not be compared."""
-    parts = pretrained.make_parts("habit", pretrained.parse_args(["--model", "M"]))
+    parts = pretrained.make_parts("habit", pretrained.parse_args(["--model", "M", "--lesson", "8000"]))
     for part, share in {"crowd": {2: 0.3, 3: 0.2, 4: 0.1}, "demos": {2: 0.45, 3: 0.4, 4: 0.35}}.items():
         for steps in (2, 3, 4):
             works = [row["works"] for row in parts[part] if row["steps"] == steps]
