@@ -117,7 +117,8 @@ def test_equal_to_lm_eval(name, models):
 def test_canned_responses_score_as_in_lm_eval(task):
     """Right and wrong answers, tricky ones above all: '#### 18.', 'The answer is 18', '...', sys.exit(0)."""
     rows, responses = oracle.canned()[task]
-    samples = ev.TASKS[task].score(ev.TASKS[task], rows, [[text] for text in responses])
+    problems = [ev.TASKS[task].read(ev.Row(row)) for row in rows]
+    samples = ev.TASKS[task].score(ev.TASKS[task], problems, [[text] for text in responses])
     check_scores(samples, GOLDEN["canned"][task]["documents"])
     summary = ev.summarize([{"responses": [text], "truncated": False, **sample}
                             for text, sample in zip(responses, samples)])
@@ -173,7 +174,7 @@ def test_the_fixtures_catch_the_traps():
                 differ[wrong] += ev.best(by[wrong]) != ev.best(by["characters"])
     assert all(differ.values()), differ
     for task, k in (("hellaswag", 10), ("winogrande", 5)):      # the problem itself is drawn at least once
-        rows, pool = ([row for _, row in ev.read_rows(oracle.ROWS / task, split)]
+        rows, pool = ([row for _, row in ev.read_rows(f"{oracle.ROWS / task}/{split}.jsonl", split)]
                       for split in ("validation", "train"))
         stream = random.Random(1234)
         assert any(row in stream.sample(pool, k + 1) for row in rows)
@@ -181,7 +182,7 @@ def test_the_fixtures_catch_the_traps():
     for task in ("hellaswag", "winogrande"):                    # contexts that end in a blank
         assert any(prompt != prompt.rstrip() for name in documents if name.startswith(f"A {task}")
                    for document in documents[name] for prompt in document["prompts"])
-    for _, row in ev.read_rows(oracle.ROWS / "truthfulqa", "validation")[:1]:      # true ones not in front
+    for _, row in [*ev.read_rows(f"{oracle.ROWS}/truthfulqa/validation.jsonl", "")][:1]:      # true ones not in front
         assert row["mc2_targets"]["labels"] != sorted(row["mc2_targets"]["labels"], reverse=True)
     cut = documents["A arc_challenge, every prompt cut"]
     assert cut[0]["loglikelihoods"] != documents["A arc_challenge 25 shots"][0]["loglikelihoods"]
