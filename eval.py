@@ -344,8 +344,8 @@ def loglikelihoods(policy, problems, batch_size, name=""):
         rests = [problems[p][c][1] for p, c in asked]
         logits = out.logits[owner]  # (C, 1, V)
         if max(map(len, rests)) > 1:
-            ids = pad([rest[:-1] for rest in rests], "right", model.device)  # (C, R)
-            new = pad([[1] * (len(rest) - 1) for rest in rests], "right", model.device)  # (C, R)
+            ids = pad([rest[:-1] or [0] for rest in rests], "right", model.device)  # (C, R)
+            new = pad([[1] * (len(rest) - 1) or [0] for rest in rests], "right", model.device)  # (C, R)
             mask = torch.cat([mask[owner], new], 1)  # (C, P + R)
             where = (mask.cumsum(1) - 1)[:, -ids.shape[1] :]  # (C, R)
             cache = out.past_key_values
@@ -480,8 +480,9 @@ def passes(program, seconds=SECONDS):
     Not a sandbox: it may use the network, read your files and this process's environment, stop this process,
     or do as RUNNER does and say that it passed. Run it in a container.
     """
-    secret, said = secrets.token_bytes(16), b""
+    secret = secrets.token_bytes(16)
     deadline = time.monotonic() + seconds + 1
+    task = json.dumps([program, seconds]).encode() + b"\n"
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         own = {"PATH": os.environ.get("PATH", ""), "HOME": folder, "TMPDIR": folder}
         own |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
@@ -494,25 +495,21 @@ def passes(program, seconds=SECONDS):
         }
         command, pipe = [sys.executable, "-I", "-c", RUNNER], subprocess.PIPE
         with subprocess.Popen(command, stdin=pipe, stdout=pipe, **how) as child:
-            with suppress(BrokenPipeError):
-                child.stdin.write(json.dumps([program, seconds]).encode() + b"\n")
-                if read_until(child.stdout, 1, deadline) == b"?":
-                    child.stdin.write(secret)
-                    said = read_until(child.stdout, 16, deadline)
+            passed = True
+            for said, answer in (
+                (task, b"?"),
+                (secret, secret),
+                (b"", b""),
+            ):  # at last, the end of its output
+                with suppress(BrokenPipeError):
+                    child.stdin.write(said)
+                ready = (
+                    passed and select.select([child.stdout], [], [], max(0, deadline - time.monotonic()))[0]
+                )
+                passed = bool(ready) and child.stdout.read(16) == answer
             with suppress(ProcessLookupError):
                 os.killpg(child.pid, signal.SIGKILL)  # with everything it has started
-    return said == secret
-
-
-def read_until(stream, n, deadline):
-    """n bytes of a pipe, or fewer if it ends or time is up."""
-    said = b""
-    while len(said) < n and select.select([stream], [], [], max(0, deadline - time.monotonic()))[0]:
-        some = stream.read(n - len(said))
-        if not some:
-            break
-        said += some
-    return said
+    return passed
 
 
 def pass_at_k(n, passed, k):
@@ -594,7 +591,6 @@ def judge(outcome, problems, reward_model, args):
     theirs = [problem["response"] for problem in problems]
     if args.compare:
         theirs = [sample["responses"][0].strip() for sample in outcome["compare"]["samples"]["reward"]]
-    reward_model[0].to(pick_device(args))
     turns = [problem["turns"] for problem in problems]
     a, b = [rewards(*reward_model, [*zip(turns, side)]) for side in (ours, theirs)]
     wins, ties = sum(x > y for x, y in zip(a, b)), sum(x == y for x, y in zip(a, b))
@@ -653,6 +649,7 @@ ROLES = {"human": "user", "gpt": "assistant", "Human": "user", "Assistant": "ass
 # A row or a turn with one of these says more than its text, and only text is trained on.
 BEYOND_TEXT = ["tools", "functions", "tool_calls", "function_call", "reasoning_content", "images"]
 BEYOND_TEXT += ["cells without a title"]
+UNUSABLE = (ValueError, TemplateError, AttributeError, KeyError, TypeError)  # what such rows raise
 
 
 def read_rows(path, split):
@@ -689,8 +686,10 @@ def read_rows(path, split):
 def to_messages(row):
     """A row with any of COLUMNS -> messages, {"role", "content"}, the last one by the assistant.
 
-    Raises ValueError in words; AttributeError, KeyError or TypeError where row or turn is no dict of that kind.
+    Raises one of UNUSABLE, in words, if the row lacks something or has more than text.
     """
+    if not isinstance(row, dict):
+        raise TypeError(f"not an object with columns, but {row!r:.60}")
     filled = [name for name, value in row.items() if value is not None]
     pairs = [pair for pair in COLUMNS if {*pair} - {None} <= {*filled}]
     if not pairs:
@@ -722,9 +721,11 @@ def to_messages(row):
 
 def to_message(turn):
     """A turn with role and content, or from and value -> {"role", "content"}, both text."""
-    role = turn.get("role") or turn["from"]
-    content = turn["value"] if turn.get("content") is None else turn["content"]
-    if isinstance(content, list) and all(part["type"] == "text" for part in content):
+    if not isinstance(turn, dict):
+        raise TypeError(f"not a turn with role and content, but {turn!r:.60}")
+    role = turn.get("role") or turn.get("from")
+    content = turn.get("value") if turn.get("content") is None else turn["content"]
+    if isinstance(content, list) and all(part.get("type") == "text" for part in content):
         content = "".join(part["text"] for part in content)
     beyond = [name for name in BEYOND_TEXT if (turn.get(name) or "[]") != "[]"]
     if not isinstance(content, str) or beyond or (role != "system" and not content.strip()):
@@ -992,17 +993,17 @@ TASKS = {
 
 def main(args):
     """Read, ask, score, print, write; returns what --out holds."""
-    if args.out:
-        folder = Path(args.out).parent
-        folder.mkdir(parents=True, exist_ok=True)
-        if Path(args.out).is_dir() or not os.access(folder, os.W_OK):  # not after hours
-            die(f"--out {args.out}: should be a file, in a folder that can be written")
+    if args.out:  # where nothing can be written this ends now, not after hours
+        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+        open(args.out, "a", encoding="utf-8").close()
     if args.allow_code_execution:
         print("warning: runs what the model writes; this is not a sandbox, use a container without network")
     data = {name: read_task(name, TASKS[name], args) for name in args.tasks}
     # Before any model answers: a mistake here should not cost the answers.
-    if args.compare and not Path(args.compare).is_dir() and args.compare.count("/") > 1:
-        die(f"--compare {args.compare}: there is no such folder")
+    if args.compare:
+        from transformers import AutoTokenizer
+
+        load(AutoTokenizer, args.compare, "a tokenizer")
     if "reward" in data:
         reward_model = load_reward(args.reward_model, args)
         for n, problem in enumerate(data["reward"][0], 1):
