@@ -211,7 +211,8 @@ def generate(policy, prompts, stop, max_new_tokens, temperature, batch_size, nam
     # changed by pads: such a model reads prompts of one length together.
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     groups = groupby(order, lambda i: kinds <= KEYS_AND_VALUES or len(prompts[i]))
-    batches = [rows for _, group in groups for rows in chunks([*group], batch_size)]
+    size = 1 if kinds == {"NoneType"} else batch_size  # one of these, RWKV, mixes up the rows of a batch
+    batches = [rows for _, group in groups for rows in chunks([*group], size)]
     responses = [None] * len(prompts)
     for rows in tqdm(batches, desc=name, leave=False, disable=None):
         some = [prompts[i] for i in rows]
@@ -1058,7 +1059,7 @@ def read_split(name, task, split, args):
         try:
             row = Row(row)
             found.append((row, task.read(row)))
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        except (*UNUSABLE, IndexError) as error:
             column = getattr(row, "column", "")
             cell = row.get(column, row) if isinstance(row, dict) else row
             unusable.append(f"{place}: {column} {error}; found {cell!r:.200}")
