@@ -650,7 +650,6 @@ ROLES = {"human": "user", "gpt": "assistant", "Human": "user", "Assistant": "ass
 # A row or a turn with one of these says more than its text, and only text is trained on.
 BEYOND_TEXT = ["tools", "functions", "tool_calls", "function_call", "reasoning_content", "images"]
 BEYOND_TEXT += ["cells without a title"]
-UNUSABLE = (ValueError, TemplateError, AttributeError, KeyError, TypeError)  # what such rows raise
 
 
 def read_rows(path, split):
@@ -687,10 +686,8 @@ def read_rows(path, split):
 def to_messages(row):
     """A row with any of COLUMNS -> messages, {"role", "content"}, the last one by the assistant.
 
-    Raises one of UNUSABLE, in words, if the row lacks something or has more than text.
+    Raises ValueError in words; AttributeError, KeyError or TypeError where row or turn is no dict of that kind.
     """
-    if not isinstance(row, dict):
-        raise TypeError(f"not an object with columns, but {row!r:.60}")
     filled = [name for name, value in row.items() if value is not None]
     pairs = [pair for pair in COLUMNS if {*pair} - {None} <= {*filled}]
     if not pairs:
@@ -722,11 +719,9 @@ def to_messages(row):
 
 def to_message(turn):
     """A turn with role and content, or from and value -> {"role", "content"}, both text."""
-    if not isinstance(turn, dict):
-        raise TypeError(f"not a turn with role and content, but {turn!r:.60}")
-    role = turn.get("role") or turn.get("from")
-    content = turn.get("value") if turn.get("content") is None else turn["content"]
-    if isinstance(content, list) and all(part.get("type") == "text" for part in content):
+    role = turn.get("role") or turn["from"]
+    content = turn["value"] if turn.get("content") is None else turn["content"]
+    if isinstance(content, list) and all(part["type"] == "text" for part in content):
         content = "".join(part["text"] for part in content)
     beyond = [name for name in BEYOND_TEXT if (turn.get(name) or "[]") != "[]"]
     if not isinstance(content, str) or beyond or (role != "system" and not content.strip()):
@@ -985,7 +980,7 @@ TASKS = {
     "reward": Task(
         read_reward, ("Anthropic/hh-rlhf",), {}, stop=("Human:", "human:", "Assistant:", "assistant:")
     ),
-    "mt_bench": Task(read_mt_bench, (), {}, run=answer_mt_bench, max_new_tokens=1024, always_chat=True),
+    "mt_bench": Task(read_mt_bench, ("",), {}, run=answer_mt_bench, max_new_tokens=1024, always_chat=True),
 }
 
 
@@ -1059,7 +1054,7 @@ def read_split(name, task, split, args):
         try:
             row = Row(row)
             found.append((row, task.read(row)))
-        except (*UNUSABLE, IndexError) as error:
+        except (ValueError, TypeError, AttributeError, KeyError, IndexError) as error:
             column = getattr(row, "column", "")
             cell = row.get(column, row) if isinstance(row, dict) else row
             unusable.append(f"{place}: {column} {error}; found {cell!r:.200}")
