@@ -50,7 +50,6 @@ import pyarrow.parquet
 import torch
 import torch.nn.functional as F
 from jinja2 import TemplateError
-from safetensors import SafetensorError
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
@@ -219,7 +218,9 @@ def generate(policy, prompts, stop, max_new_tokens, temperature, batch_size, nam
         inputs = tokenizer.pad({"input_ids": some}, padding_side="left", return_tensors="pt").to(model.device)
         width = inputs.input_ids.shape[1]  # ids and mask are (B, P)
 
-        def stopped(ids, scores, **_):  # (B, T) -> (B,): saves time, `cut` decides; generate's own
+        def stopped(
+            ids, scores, width=width, **_
+        ):  # (B, T) -> (B,): saves time, `cut` decides; generate's own
             # stop_strings would also match across the end of the prompt
             tails = tokenizer.batch_decode(ids[:, max(width, ids.shape[1] - reach) :])
             return torch.tensor([any(text in tail for text in stop) for tail in tails], device=ids.device)
@@ -630,12 +631,16 @@ def answer_mt_bench(name, task, problems, shots, policy, args):
             how = argparse.Namespace(**vars(args) | {"temperature": temperature, "seed": 0, "samples": 1})
             parts += respond(name, task, [{"turns": turns}], [[]], policy, how)
             turns.append(("assistant", parts[-1]["responses"][0].strip()))
-        choice = {"index": 0, "turns": [text for _, text in turns[1::2]]}
+        responses = [text for _, text in turns[1::2]]
+        counted = {cause: sum(part[cause] for part in parts) for cause in CAUSES}
+        samples.append(counted | {"responses": responses, "metrics": {}})
         about = {"question_id": problem["id"], "answer_id": secrets.token_hex(11), "model_id": file.stem}
-        answers[problem["id"]] = about | {"choices": [choice], "tstamp": time.time()}
+        answers[problem["id"]] = about | {
+            "choices": [{"index": 0, "turns": responses}],
+            "tstamp": time.time(),
+        }
         write(file, "".join(json.dumps(answers[key]) + "\n" for key in sorted(answers)))
-        samples += parts
-    print(f"{name}: {len(answers)} answers in {file}, {len(samples) // 2} of them new")
+    print(f"{name}: {len(answers)} answers in {file}, {len(samples)} of them new")
     return samples
 
 
@@ -1076,10 +1081,8 @@ def find_rows(name, task, split, args):
 
         try:
             rows = datasets.load_dataset(*task.data, split=split)
-        except Exception as error:  # the datasets library has many of its own
-            die(
-                f"{path}: {str(error.__cause__ or error).splitlines()[0]}; --data {name}=PATH reads local files"
-            )
+        except (OSError, ValueError) as error:
+            die(f"{path}: {str(error).splitlines()[0]}; --data {name}=PATH reads local files")
         return [(f"{path} row {n}", row) for n, row in enumerate(rows, 1)]
     if not path.is_dir() and split == task.splits[0]:
         return read_rows(str(path), split)
