@@ -1,24 +1,24 @@
 """Benchmarks in one file, scored exactly as EleutherAI's lm_eval 0.4.13 scores them.
 
-A score is a pile of small decisions: the prompt to the character, the worked examples before it, where a
-response is cut, which number in it counts. Each moves the score, so none is ours: on the same model and data
-every prompt, response, log-likelihood and per-problem metric is lm_eval's (tests/parity). Three tasks are not
-from there: `answers` asks as gsil.py and irft.py train, `reward` has a reward model choose between two
-responses, `mt_bench` writes answers for FastChat to judge.
+A score is a pile of small decisions: the prompt to the character, the examples before it, where a
+response is cut, which number in it counts. Each moves the score, so none is ours: on the same model
+and data every prompt, response, log-likelihood and metric is lm_eval's (tests/parity). Three tasks
+are not from there: `answers` asks as gsil.py and irft.py train, `reward` has a reward model choose
+between two responses, `mt_bench` writes answers for FastChat to judge.
 
-    prompt      worked examples + question, as plain text, or with --chat as the turns of a conversation
+    prompt      worked examples + question, as plain text or, with --chat, as a conversation
     response    greedy, or --samples of them at --temperature; cut at the task's stop strings
-                arc, hellaswag, winogrande, truthfulqa, mmlu: none, the likeliest of the choices is the answer
+                arc, hellaswag, winogrande, truthfulqa, mmlu: the likeliest of the choices
     score       gsm8k: a number is found in the response and compared with the right one, as text
-                humaneval: prompt + response + the problem's own tests is a program that passes or does not
+                humaneval: prompt + response + the problem's tests is a program that passes or not
 
-A value is a mean over problems, +- half the width of its 95 % interval. Two models answer the same problems,
-so --compare tests their differences problem by problem: far sharper than one mean beside the other.
+A value is a mean over problems, +- half the width of its 95 % interval. Two models answer the same
+problems, so --compare tests their differences problem by problem: sharper than two means.
 
-    python eval.py                                  # the toy's base model on its held-out problems, seconds
+    python eval.py                                  # the toy's base model on its held-out problems
     python eval.py --model runs/gsil-logistic-1/round_1 --compare tests/toy/base
     python eval.py --model M --tasks gsm8k,humaneval --allow-code-execution --out scores.json
-    python eval.py --model M --tasks arc_challenge,hellaswag,mmlu --shots arc_challenge=25,hellaswag=10,mmlu=5
+    python eval.py --model M --tasks hellaswag,mmlu,gsm8k --shots hellaswag=10,mmlu=5
 """
 
 import argparse
@@ -63,57 +63,51 @@ def parse_args(argv=None):
     flag("--model", default=f"{TOY}/base", help="a folder or a Hub name")
     flag("--compare", metavar="MODEL", help="a second model: differences problem by problem")
     flag("--tasks", default="answers", help=f"separated by commas: {', '.join(TASKS)}")
-    place = "a task's problems: a file, or a folder with test.*, train.* (examples); if not given, the Hub's"
-    flag("--data", action="append", default=[], metavar="[TASK=]PATH", help=place)
+    flag("--data", action="append", default=[], metavar="[TASK=]PATH", help="a file or a folder")
     flag("--limit", type=float, help="the first so many problems; below 1: a share of them")
     flag = parser.add_argument_group("how").add_argument
-    shots = "worked examples; by task: gsm8k=8,mmlu=5; if not given, gsm8k has 5; some tasks never have any"
-    flag("--shots", default="", metavar="N", help=shots)
-    flag("--chat", action="store_true", help="ask in the model's chat template; `answers` always does")
-    flag("--max-new-tokens", type=int, help="of a response; if not given, the task's own, 256 or 1024")
-    flag("--samples", type=int, default=1, help="per problem: their mean counts, for programs pass@k")
+    flag("--shots", default="", metavar="N", help="worked examples; or by task: gsm8k=8,mmlu=5")
+    flag("--chat", action="store_true", help="ask in the chat template; `answers` always does")
+    flag("--max-new-tokens", type=int, help="of a response; if not given, 256 or 1024")
+    flag("--samples", type=int, default=1, help="per problem: their mean; of programs pass@k")
     flag("--temperature", type=float, default=0.0, help="of the samples; 0: greedy")
-    flag("--seed", type=int, default=0, help="of the samples, which depend on --batch-size, too")
-    flag("--reward-model", metavar="MODEL", help="for the task reward: a classifier with one label")
-    flag("--allow-code-execution", action="store_true", help="run what the model writes: in a container")
+    flag("--seed", type=int, default=0, help="of the samples; they depend on --batch-size, too")
+    flag("--reward-model", metavar="MODEL", help="task reward: a classifier with one label")
+    flag("--allow-code-execution", action="store_true", help="run what the model writes")
     flag = parser.add_argument_group("run").add_argument
     flag("--batch-size", type=int, default=16, help="prompts at a time: more is faster, less fits")
-    flag("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto", help="auto: as saved")
-    flag("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto", help="auto: the first there is")
+    flag("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto", help="as saved")
+    flag("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto", help="the first there is")
     flag("--out", help="JSON file for settings, versions, results and every sample")
-    flag("--answers", metavar="FILE", help="FastChat's file, named like the model, to write or to continue")
+    flag("--answers", metavar="FILE", help="mt_bench: FastChat's file, to write or to continue")
     args = parser.parse_args(argv)
     args.tasks = args.tasks.split(",")
     if not {*args.tasks} <= {*TASKS} or len({*args.tasks}) < len(args.tasks):
         parser.error(f"--tasks {','.join(args.tasks)}: each once, out of {', '.join(TASKS)}")
     args.data = by_task("--data", args.data, args.tasks, parser)
-    args.shots = by_task("--shots", args.shots.split(",") if args.shots else [], args.tasks, parser)
+    args.shots = by_task("--shots", [*filter(None, args.shots.split(","))], args.tasks, parser)
     for task, number in args.shots.items():
         if not number.isdecimal():
-            parser.error(f"--shots {number}: must be a number, at least 0, or for some tasks TASK=NUMBER")
+            parser.error(f"--shots {number}: must be a number, at least 0, or TASK=NUMBER,...")
         args.shots[task] = int(number)
     for name in ("limit", "max_new_tokens", "samples", "batch_size", "temperature", "seed"):
         value = getattr(args, name)
         zero = value == 0 and name in ("temperature", "seed")
         if value is not None and not (0 < value < math.inf or zero):
-            parser.error(
-                f"--{name.replace('_', '-')} {value}: must be above 0; temperature and seed may be 0"
-            )
+            parser.error(f"--{name.replace('_', '-')} {value}: must be above 0 (temperature, seed: or 0)")
     if args.samples > 1 and not args.temperature:
-        parser.error(f"--samples {args.samples}: greedy ones would all be the same, set --temperature")
+        parser.error(f"--samples {args.samples}: greedy ones are all the same, set --temperature")
     if "reward" in args.tasks and (not args.reward_model or args.samples > 1):
         parser.error("--tasks reward needs --reward-model, and one sample per problem")
     if "mt_bench" in args.tasks and (args.compare or "mt_bench" not in args.data):
-        parser.error(
-            "mt_bench asks one model, without --compare, and needs --data question.jsonl, FastChat's"
-        )
+        parser.error("mt_bench needs --data question.jsonl, of FastChat, and no --compare")
     if "humaneval" in ",".join(args.tasks) and not args.allow_code_execution:
-        parser.error("humaneval runs what the model writes: --allow-code-execution, best in a container")
+        parser.error("humaneval runs what the model writes: give --allow-code-execution")
     return args
 
 
 def by_task(flag, items, tasks, parser):
-    """["gsm8k=5"] -> {"gsm8k": "5"}. A number without a task is meant for all, a path for the only one."""
+    """["gsm8k=5"] -> {"gsm8k": "5"}; a number alone is for all tasks, a path for the only one."""
     found = {}
     for item in items:
         task, equals, value = item.partition("=")
@@ -128,14 +122,14 @@ def by_task(flag, items, tasks, parser):
     return found
 
 
-# ---- 1. Prompts: what is asked -------------------------------------------------------------------------------
+# ---- 1. Prompts: what is asked -----------------------------------------------------------------
 
 
 def draw_shots(pool, k, rows, draw="random"):
-    """k worked examples for each row, from one stream with lm_eval's seed: the order of rows matters.
+    """k worked examples for each row, from one stream with lm_eval's seed, so in the order of rows.
 
-    draw: "random"; "first": the pool's first k for every row; "others": one more, and the row itself is left
-    out. lm_eval does that wherever a task names no test split, though the pool is another split then, too.
+    draw: "random"; "first": the pool's first k; "others": one more, and the row itself is left out.
+    That lm_eval does where a task names no test split, though the pool is another split there, too.
     """
     stream = random.Random(1234)
     drawn = []
@@ -155,8 +149,8 @@ def draw_shots(pool, k, rows, draw="random"):
 def build_prompt(problem, shots, question, tokenizer=None):
     """'Question: 1+1?\\nAnswer: 2\\n\\n' per example, then 'Question: 2+2?\\nAnswer:' without a blank.
 
-    shots: (question, answer) each. With a tokenizer as a conversation in its chat template: an example is a
-    turn of each side, a begun answer is the assistant's.
+    shots: (question, answer) each. With a tokenizer as a conversation in its chat template: an example
+    is a turn of each side, a begun answer is the assistant's.
     """
     described, begun = problem.get("description"), problem.get("begun")
     if not tokenizer:
@@ -170,23 +164,23 @@ def build_prompt(problem, shots, question, tokenizer=None):
 
 
 def render(tokenizer, turns, done=False):
-    """[(role, text)] in the chat template, up to where the assistant goes on; done: up to the end."""
+    """[(role, text)] in the chat template, to where the assistant goes on; done: to the end."""
     begun = turns[-1][0] == "assistant"
     how = {"add_generation_prompt": not begun, "continue_final_message": begun and not done}
     for skipped in (None, "system"):
         messages = [{"role": role, "content": text} for role, text in turns if role != skipped]
         with suppress(TemplateError):  # some templates refuse a system turn: lm_eval leaves it out
             return tokenizer.apply_chat_template(messages, tokenize=False, **how)
-    die(f"the chat template refuses this conversation, with and without system turn: {turns!r:.300}")
+    die(f"the chat template refuses this conversation, also without system turn: {turns!r:.300}")
 
 
 def tokenize(tokenizer, prompt, special=True):
-    """Token ids, with the BOS this tokenizer adds, unless the text (a rendered template) begins with it."""
+    """Token ids, with the BOS that this tokenizer adds, unless the text begins with it already."""
     own = tokenizer.bos_token is not None and prompt.startswith(tokenizer.bos_token)
     return tokenizer(prompt, add_special_tokens=special and not own).input_ids
 
 
-# ---- 2. Responses: what the model says -----------------------------------------------------------------------
+# ---- 2. Responses: what the model says ---------------------------------------------------------
 
 TOKENS_PER_PASS = 1024  # of prompts; on a CPU longer passes are slower
 KEYS_AND_VALUES = {"DynamicLayer", "DynamicSlidingWindowLayer"}  # caches, see Policy
@@ -194,28 +188,28 @@ KEYS_AND_VALUES = {"DynamicLayer", "DynamicSlidingWindowLayer"}  # caches, see P
 
 @torch.no_grad()
 def generate(policy, prompts, stop, max_new_tokens, temperature, batch_size, name=""):
-    """Prompts, lists of ids -> (text up to the first stop string, was it cut by max_new_tokens?) for each.
+    """Prompts, lists of ids -> (text up to the first stop, was it cut by max_new_tokens?) for each.
 
-    By transformers' generate, not by a loop as in gsil.py: penalties and EOS tokens in the generation config
-    belong to the model here, as they do in lm_eval.
+    By transformers' generate, not by a loop as in gsil.py: penalties and EOS tokens in the generation
+    config belong to the model here, as they do in lm_eval.
     """
     model, tokenizer, _, kinds = policy
     config = model.generation_config
     stop = [*stop, *(config.stop_strings or []), tokenizer.eos_token]
-    reach = max(len(text.encode()) for text in stop) + 2  # as many tokens surely hold a stop string
+    reach = max(len(text.encode()) for text in stop) + 2  # so many tokens surely hold a stop
     ends = config.eos_token_id  # an id, a list of ids or None
     ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
     ahead = kinds == {"DynamicLayer"} and not config.cache_implementation and (config.num_beams or 1) == 1
-    # The longest first, so that too little memory shows at once. States other than keys and values would be
-    # changed by pads: such a model reads prompts of one length together.
+    # The longest first: too little memory shows at once. Pads would change states other than keys and
+    # values: a model that has some reads prompts of one length together.
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     groups = groupby(order, lambda i: kinds <= KEYS_AND_VALUES or len(prompts[i]))
-    size = 1 if kinds == {"NoneType"} else batch_size  # one of these, RWKV, mixes up the rows of a batch
+    size = 1 if kinds == {"NoneType"} else batch_size  # RWKV, one of these, mixes rows up
     batches = [rows for _, group in groups for rows in chunks([*group], size)]
     responses = [None] * len(prompts)
     for rows in tqdm(batches, desc=name, leave=False, disable=None):
         some = [prompts[i] for i in rows]
-        inputs = tokenizer.pad({"input_ids": some}, padding_side="left", return_tensors="pt").to(model.device)
+        inputs = tokenizer.pad({"input_ids": some}, padding_side="left", return_tensors="pt")
         width = inputs.input_ids.shape[1]  # ids and mask are (B, P)
 
         def stopped(
@@ -223,7 +217,8 @@ def generate(policy, prompts, stop, max_new_tokens, temperature, batch_size, nam
         ):  # (B, T) -> (B,): saves time, `cut` decides; generate's own
             # stop_strings would also match across the end of the prompt
             tails = tokenizer.batch_decode(ids[:, max(width, ids.shape[1] - reach) :])
-            return torch.tensor([any(text in tail for text in stop) for tail in tails], device=ids.device)
+            found = [any(text in tail for text in stop) for tail in tails]
+            return torch.tensor(found, device=ids.device)
 
         if ahead and min(map(len, some)) > 1:
             inputs["past_key_values"] = read_ahead(model, some, max_new_tokens)
@@ -233,6 +228,7 @@ def generate(policy, prompts, stop, max_new_tokens, temperature, batch_size, nam
             "logits_processor": [lambda ids, logits: no_nan(logits, name)],
             "stopping_criteria": [stopped],
         }
+        inputs = inputs.to(model.device)
         out = model.generate(**inputs, **how, max_new_tokens=max_new_tokens, use_cache=True)[
             :, width:
         ]  # (B, R)
@@ -257,7 +253,7 @@ def no_nan(logits, name):
 
 
 def read(model, contexts):
-    """One pass over contexts, padded on the left: (output with cache and last logits, mask (B, P))."""
+    """One pass over contexts, padded on the left -> output (cache, last logits), mask (B, P)."""
     ids = pad(contexts, "left", model.device)  # (B, P)
     mask = pad([[1] * len(context) for context in contexts], "left", model.device)  # (B, P)
     where = (mask.cumsum(1) - 1).clamp(min=0)  # pads do not count
@@ -273,7 +269,7 @@ def read_ahead(model, prompts, room):
     parts = chunks([prompt[:-1] for prompt in prompts], max(1, TOKENS_PER_PASS // width))
     caches = [read(model, part)[0].past_key_values for part in parts]
     for layers in zip(*[cache.layers for cache in caches]):
-        sides = [layer.keys for layer in layers], [layer.values for layer in layers]  # (b, heads, w, D) each
+        sides = [layer.keys for layer in layers], [layer.values for layer in layers]  # (b, heads, w, D)
         keys, values = [
             torch.cat([F.pad(states, (0, 0, width - states.shape[2], room)) for states in side])
             for side in sides
@@ -297,7 +293,7 @@ def respond(name, task, problems, shots, policy, args):
     chat, longest = args.chat or task.always_chat, args.max_new_tokens or task.max_new_tokens
     room = policy.window - longest  # of the prompt
     if room < 1:
-        die(f"{name}: {longest} new tokens exceed the window of {policy.window}: lower --max-new-tokens")
+        die(f"{name}: {longest} new tokens exceed the window, {policy.window}: lower --max-new-tokens")
     template = policy.tokenizer if chat else None
     samples, prompts = [], []
     for problem, some in zip(problems, shots):
@@ -312,21 +308,21 @@ def respond(name, task, problems, shots, policy, args):
         sample["responses"] = [text for text, _ in some]
         sample["empty"] = sum(not text.strip() for text, _ in some)
         sample["unfinished"] = sum(was_cut for _, was_cut in some)
-    scores = task.score(task, problems, [sample["responses"] for sample in samples]) if task.score else []
-    for sample, score in zip(samples, scores):
-        sample |= score
+    if task.score:
+        scores = task.score(task, problems, [sample["responses"] for sample in samples])
+        samples = [sample | score for sample, score in zip(samples, scores)]
     return samples
 
 
-# ---- 3. Choices: which continuation is the likeliest? --------------------------------------------------------
+# ---- 3. Choices: which continuation is the likeliest? ------------------------------------------
 
 
 @torch.no_grad()
 def loglikelihoods(policy, problems, batch_size, name=""):
-    """log p(continuation | context) in nats: [[(ids, ids) per choice] per problem] -> floats of that shape.
+    """log p(continuation | context) in nats: [[(ids, ids) per choice] per problem] -> floats alike.
 
-    A context that choices of a problem have in common is read once; their continuations go on from its cache.
-    Where these are one token each, the first pass has all there is.
+    A context that choices of a problem have in common is read once; their continuations go on from its
+    cache. Where these are one token each, the first pass has all there is.
     """
     model = policy.model
     if not policy.kinds <= KEYS_AND_VALUES:
@@ -340,7 +336,7 @@ def loglikelihoods(policy, problems, batch_size, name=""):
     values = [[0.0] * len(choices) for choices in problems]
     for some in tqdm(chunks(parts, max(1, size)), desc=name, leave=False, disable=None):
         out, mask = read(model, [context for (_, context), _ in some])  # mask (B, P)
-        # A row of the batch, with its cache, is repeated for each choice that goes on from it: B become C.
+        # A row, with its cache, is repeated for each choice that goes on from it: B become C.
         owner = [b for b, (_, cs) in enumerate(some) for _ in cs]
         asked = [(p, c) for (p, _), cs in some for c in cs]
         rests = [problems[p][c][1] for p, c in asked]
@@ -363,12 +359,12 @@ def loglikelihoods(policy, problems, batch_size, name=""):
 
 
 def whole_loglikelihoods(model, problems, batch_size, name):
-    """The same for a model with other states than keys and values: pads are behind all that is scored."""
+    """The same for other states than keys and values: pads come behind all that is scored."""
     pairs = [(p, c, *pair) for p, choices in enumerate(problems) for c, pair in enumerate(choices)]
     pairs.sort(key=lambda pair: -len(pair[2] + pair[3]))
     values = [[0.0] * len(choices) for choices in problems]
     for some in tqdm(chunks(pairs, batch_size), desc=name, leave=False, disable=None):
-        ids = pad([(context + rest)[:-1] for _, _, context, rest in some], "right", model.device)  # (B, T)
+        ids = pad([(context + rest)[:-1] for *_, context, rest in some], "right", model.device)  # (B, T)
         logps = no_nan(model(ids, use_cache=False).logits.log_softmax(-1), name)  # (B, T, V)
         for (p, c, context, rest), row in zip(some, logps):
             steps = range(len(context) - 1, len(context) + len(rest) - 1)
@@ -377,40 +373,40 @@ def whole_loglikelihoods(model, problems, batch_size, name):
 
 
 def measure(problem, lls):
-    """What is made of the log-likelihoods of a problem's choices, gold being the index of the right one."""
+    """What log-likelihoods of a problem's choices count; gold is the index of the right one."""
     per_character = [ll / max(1, len(choice)) for ll, choice in zip(lls, problem["choices"])]
     masses = [math.exp(ll - max(lls)) for ll in lls]
     true = [mass for mass, label in zip(masses, problem.get("labels", [])) if label]
     return {
-        "acc,none": float(lls.index(max(lls)) == problem["gold"]),  # of equals the first, as numpy's argmax
+        "acc,none": float(lls.index(max(lls)) == problem["gold"]),  # of equals the first
         "acc_norm,none": float(per_character.index(max(per_character)) == problem["gold"]),
-        "mass,none": sum(true) / sum(masses),  # mc2: what part of the probability do true answers have?
+        "mass,none": sum(true) / sum(masses),  # mc2: the true answers' part of the probability
     }
 
 
 def choose(name, task, problems, shots, policy, args):
-    """A sample per problem: contexts (mostly one), continuations, their log-likelihoods, metrics."""
+    """A sample per problem: contexts (mostly one), continuations, log-likelihoods, metrics."""
     tokenizer, window = policy.tokenizer, policy.window
     samples, asked = [], []
     for problem, some in zip(problems, shots):
-        prompts = [build_prompt(problem, some, q, args.chat and tokenizer) for q in problem["questions"]]
+        template = tokenizer if args.chat else None
+        prompts = [build_prompt(problem, some, asks, template) for asks in problem["questions"]]
         said = [choice if args.chat else f" {choice}" for choice in problem["choices"]]
-        # Blanks that end a prompt belong to the continuation. Both are encoded as one text and cut where the
-        # prompt alone would end: of a token that spans the cut its part behind it is scored, as in lm_eval.
+        # Blanks that end a prompt belong to the continuation. Both are encoded as one text and cut where
+        # the prompt alone would end: of a token that spans the cut the rest is scored, as in lm_eval.
         starts = {prompt: tokenize(tokenizer, prompt.rstrip()) for prompt in {*prompts}}
         pairs = []
         for prompt, text in zip(prompts, said):
             context = starts[prompt]
             rest = tokenize(tokenizer, prompt + text)[len(context) :]
             if not (context and 0 < len(rest) <= window):
-                die(
-                    f"{name}: {len(rest)} tokens, should be 1 to {window}: {text!r:.200} after {prompt[-100:]!r}"
-                )
+                die(f"{name}: {len(rest)} tokens, should be 1 to {window}: {text!r:.200} after {prompt!r}")
             pairs.append((context, rest))
         # One more than the window: the last token is predicted and never read.
         asked.append([(context[-(window + 1 - len(rest)) :], rest) for context, rest in pairs])
         truncated = max(len(context + rest) for context, rest in pairs) > window + 1
-        samples.append({"prompts": [*dict.fromkeys(prompts)], "continuations": said, "truncated": truncated})
+        sample = {"prompts": [*dict.fromkeys(prompts)], "continuations": said}
+        samples.append(sample | {"truncated": truncated})
     found = loglikelihoods(policy, asked, args.batch_size, name)
     for problem, lls, sample in zip(problems, found, samples):
         measured = measure(problem, lls)
@@ -419,11 +415,11 @@ def choose(name, task, problems, shots, policy, args):
     return samples
 
 
-# ---- 4. Answers: is the number right? ------------------------------------------------------------------------
+# ---- 4. What counts of a response: a number, or whether a program passes its tests -------------
 
 
 def find(pattern, which, text):
-    """The first (which 0) or last (-1) match, of it the first group that is not empty; or [invalid]."""
+    """The first (which 0) or last (-1) match, its first group that is not empty; or [invalid]."""
     found = re.findall(pattern, text)
     if not found:
         return "[invalid]"
@@ -432,31 +428,29 @@ def find(pattern, which, text):
 
 
 def normalize(text):
-    """What exact_match ignores on gsm8k: commas, dollars, all up to the last '#### ', a final point, case."""
+    """What exact_match ignores: commas, dollars, all up to the last '#### ', a last point, case."""
     for ignored in (",", r"\$", r"(?s).*#### ", r"\.$"):  # in this order
         text = re.sub(ignored, "", text)
     return text.lower()
 
 
 def score_answers(task, problems, responses):
-    """By each filter: the answer found in a response, equal to the right one or not. A dict per problem."""
+    """By each filter: is the answer found in a response the right one? A dict per problem."""
     scores = []
     for problem, texts in zip(problems, responses):
         gold, found, metrics = problem["gold"], {}, {}
         for name, extract in task.counts.items():
             found[name] = [extract(text) for text in texts]
-            metrics[f"exact_match,{name}"] = fmean(task.reduce(answer) == gold for answer in found[name])
+            metrics[f"exact_match,{name}"] = fmean(task.reduce(each) == gold for each in found[name])
         scores.append({"gold": gold, "extracted": found, "metrics": metrics})
     return scores
 
 
-# ---- 5. Programs: do they pass their tests? ------------------------------------------------------------------
-
-# code_eval gives 3 s by the clock. Here Python starts in it, too: 4 s, both of CPU time and by the clock.
+# code_eval gives 3 s by the clock. Here Python starts in it, too: 4 s, of CPU time and by the clock.
 SECONDS = 3.0
 
-# A program's own process: its limits, then no input and no output, then the program. Only one that comes to
-# its end asks for the secret and gives it back: neither an exception nor sys.exit(0) gets there.
+# A program's own process: its limits, then no input and no output, then the program. Only one that
+# comes to its end asks for the secret and gives it back: neither an exception nor sys.exit(0) does.
 RUNNER = r"""
 import json, os, resource, sys
 program, seconds = json.loads(sys.stdin.readline())
@@ -479,8 +473,8 @@ leave(0)
 def passes(program, seconds=SECONDS):
     """Does a program come to its end, in time and without an exception?
 
-    Not a sandbox: it may use the network, read your files and this process's environment, stop this process,
-    or do as RUNNER does and say that it passed. Run it in a container.
+    Not a sandbox: it may use the network, read your files and this process's environment, stop this
+    process, or do as RUNNER does and say that it passed. Run it in a container.
     """
     secret = secrets.token_bytes(16)
     deadline = time.monotonic() + seconds + 1
@@ -505,69 +499,53 @@ def passes(program, seconds=SECONDS):
             ):  # at last, the end of its output
                 with suppress(BrokenPipeError):
                     child.stdin.write(said)
-                ready = (
-                    passed and select.select([child.stdout], [], [], max(0, deadline - time.monotonic()))[0]
-                )
-                passed = bool(ready) and child.stdout.read(16) == answer
+                left = max(0, deadline - time.monotonic()) if passed else 0
+                ready, _, _ = select.select([child.stdout], [], [], left)
+                passed = passed and bool(ready) and child.stdout.read(16) == answer
             with suppress(ProcessLookupError):
                 os.killpg(child.pid, signal.SIGKILL)  # with everything it has started
     return passed
 
 
 def pass_at_k(n, passed, k):
-    """Chance that of k samples out of these n at least one passes: unbiased (arXiv 2107.03374, eq. 1)."""
+    """Chance that of k out of these n samples one passes: unbiased (arXiv 2107.03374, eq. 1)."""
     return 1.0 - math.comb(n - passed, k) / math.comb(n, k)
 
 
 def score_programs(task, problems, responses):
-    """prompt + response + tests, run; pass@k for the k that the samples suffice for. A dict per problem."""
+    """prompt + response + tests, run; pass@k for all k that n samples suffice for. A dict each."""
     n, [(name, extract)] = len(responses[0]), task.counts.items()
-    codes = [
-        [problem["code"] + extract(text) for text in texts] for problem, texts in zip(problems, responses)
-    ]
-    programs = [f"{code}\n{problem['gold']}" for problem, some in zip(problems, codes) for code in some]
+    scores, programs = [], []
+    for problem, texts in zip(problems, responses):
+        codes = [problem["code"] + extract(text) for text in texts]
+        programs += [f"{code}\n{problem['gold']}" for code in codes]
+        scores.append({"gold": problem["gold"], "extracted": {name: codes}})
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # threads suffice, each waits for its process
-        ran = list(tqdm(pool.map(passes, programs), "programs", len(programs), leave=False, disable=None))
-    ks, scores = [k for k in (1, 2, 5, 8, 10, 16, 32, 64, 100) if k <= n], []
-    for problem, some, passed in zip(problems, codes, chunks(ran, n)):
+        ran = pool.map(passes, programs)
+        ran = list(tqdm(ran, "programs", len(programs), leave=False, disable=None))
+    ks = [k for k in (1, 2, 5, 8, 10, 16, 32, 64, 100) if k <= n]
+    for score, passed in zip(scores, chunks(ran, n)):
         metrics = {f"pass@{k},{name}": pass_at_k(n, sum(passed), k) for k in ks}
-        scores.append(
-            {"gold": problem["gold"], "extracted": {name: some}, "passed": passed, "metrics": metrics}
-        )
+        score |= {"passed": passed, "metrics": metrics}
     return scores
 
 
-# ---- 6. Rewards: which of two responses does a reward model prefer? ------------------------------------------
+# ---- 5. The judgement of others: a reward model; FastChat's judge of MT-Bench ------------------
 
 
 def load_reward(path, args):
-    """Classifier with one output, its tokenizer, and whether it is of beaver's kind: see reward_ids."""
-    # beaver's class, of safe-rlhf, calls its head otherwise
-    head = {"key_mapping": {"^score_head": "score"}}
-    model, tokenizer = load_model("AutoModelForSequenceClassification", path, args, **head)
-    beaver = any("ForScore" in kind for kind in model.config.architectures or [])
-    if model.config.num_labels != 1:
-        die(
-            f"--reward-model {path}: {model.config.num_labels} labels; train it with num_labels=1: the reward"
-        )
-    if not beaver and not tokenizer.chat_template:
-        die(f"--reward-model {path}: has no chat template, so how it reads a conversation is not known")
-    print(f"reward {path}: reads {'beaver prompts' if beaver else 'its chat template'}, up to EOS")
-    model.config.get_text_config().pad_token_id = None  # else it might read before an EOS that is pad
-    return model, tokenizer, beaver
+    """A classifier with one output, which is the reward, and its tokenizer."""
+    model, tokenizer = load_model("AutoModelForSequenceClassification", path, args)
+    if model.config.num_labels != 1 or not tokenizer.chat_template:
+        die(f"--reward-model {path}: needed are num_labels=1, the reward, and a chat template")
+    model.config.get_text_config().pad_token_id = None  # else it may read before an EOS that is pad
+    return model, tokenizer
 
 
-def reward_ids(tokenizer, beaver, turns, response):
-    """What a reward model reads: the conversation in its own format, up to the EOS that ends the response.
-
-    A chat template, as irft.py trains; beaver: 'BEGINNING OF CONVERSATION: USER: Hi ASSISTANT:Hello</s>'.
-    """
-    answered = [*turns, ("assistant", response)]
-    if beaver:
-        forms = {"user": "USER: {} ", "assistant": "ASSISTANT:{}" + tokenizer.eos_token}
-        said = [forms.get(role, "{} ").format(text) for role, text in answered]
-        return tokenize(tokenizer, "BEGINNING OF CONVERSATION: " + "".join(said))
-    prompt, both = render(tokenizer, turns), render(tokenizer, answered, done=True)
+def reward_ids(tokenizer, turns, response):
+    """What a reward model reads, as irft.py trains it: the chat, up to the EOS of the response."""
+    prompt = render(tokenizer, turns)
+    both = render(tokenizer, [*turns, ("assistant", response)], done=True)
     if not both.startswith(prompt):
         die("--reward-model: its chat template changes the prompt once it is answered")
     start, ids = [tokenize(tokenizer, text, special=False) for text in (prompt, both)]
@@ -578,11 +556,11 @@ def reward_ids(tokenizer, beaver, turns, response):
 
 
 @torch.no_grad()
-def rewards(model, tokenizer, beaver, pairs):
-    """[(turns, response)] -> [reward]. One at a time: there are no pads to be mistaken for a response."""
+def rewards(model, tokenizer, pairs):
+    """[(turns, response)] -> [reward]. One at a time: there are no pads to be mistaken."""
     found = []
     for turns, response in tqdm(pairs, "rewards", leave=False, disable=None):
-        ids = torch.tensor([reward_ids(tokenizer, beaver, turns, response)], device=model.device)  # (1, T)
+        ids = torch.tensor([reward_ids(tokenizer, turns, response)], device=model.device)  # (1, T)
         found.append(no_nan(model(ids).logits, "reward").item())
     return found
 
@@ -592,27 +570,26 @@ def judge(outcome, problems, reward_model, args):
     ours = [sample["responses"][0].strip() for sample in outcome["samples"]["reward"]]
     theirs = [problem["response"] for problem in problems]
     if args.compare:
-        theirs = [sample["responses"][0].strip() for sample in outcome["compare"]["samples"]["reward"]]
+        samples = outcome["compare"]["samples"]["reward"]
+        theirs = [sample["responses"][0].strip() for sample in samples]
     turns = [problem["turns"] for problem in problems]
     a, b = [rewards(*reward_model, [*zip(turns, side)]) for side in (ours, theirs)]
     wins, ties = sum(x > y for x, y in zip(a, b)), sum(x == y for x, y in zip(a, b))
     found = {"against": args.compare or "the data", "n": len(a), "wins": wins, "ties": ties}
-    found |= {"win_rate": wins / len(a), "reward": fmean(a), "other_reward": fmean(b)} | compare(a, b)
-    # Length is what reward models are known to fall for.
+    found |= {"win_rate": wins / len(a), "reward": fmean(a), "other_reward": fmean(b)}
+    found |= compare(a, b)  # and the lengths, as reward models are known to prefer long responses
     found |= {"characters": fmean(map(len, ours)), "other_characters": fmean(map(len, theirs))}
     outcome["duel"] = found | {"rewards": a, "other_rewards": b}
     print_table(["reward", ""], [*found.items()])
 
-
-# ---- 7. MT-Bench: two turns, for FastChat to judge -----------------------------------------------------------
 
 # By category, else 0.7: FastChat 0e6d3e4b, llm_judge/common.py
 TEMPERATURES = {"stem": 0.1, "humanities": 0.1, "extraction": 0, "math": 0, "coding": 0, "reasoning": 0}
 
 
 def answer_mt_bench(name, task, problems, shots, policy, args):
-    """Write FastChat's file, after each question; questions that have an answer in it already are skipped."""
-    own = args.model.strip("./").replace("/", "-")  # the file's name is what FastChat calls the model
+    """Write FastChat's file, after each question; those that have an answer there are skipped."""
+    own = args.model.strip("./").replace("/", "-")  # FastChat calls the model as the file
     file = Path(args.answers or f"data/mt_bench/model_answer/{own}.jsonl")
     answers, samples = {}, []
     for place, row in read_rows(str(file), "") if file.exists() else ():
@@ -625,26 +602,22 @@ def answer_mt_bench(name, task, problems, shots, policy, args):
         turns, parts = [], []
         for question in problem["questions"]:
             turns.append(("user", question))
-            temperature = TEMPERATURES.get(
-                problem["category"], 0.7
-            )  # and seed 0 for each, as FastChat has it
-            how = argparse.Namespace(**vars(args) | {"temperature": temperature, "seed": 0, "samples": 1})
+            how = {"temperature": TEMPERATURES.get(problem["category"], 0.7), "seed": 0, "samples": 1}
+            how = argparse.Namespace(**vars(args) | how)
             parts += respond(name, task, [{"turns": turns}], [[]], policy, how)
             turns.append(("assistant", parts[-1]["responses"][0].strip()))
         responses = [text for _, text in turns[1::2]]
         counted = {cause: sum(part[cause] for part in parts) for cause in CAUSES}
         samples.append(counted | {"responses": responses, "metrics": {}})
-        about = {"question_id": problem["id"], "answer_id": secrets.token_hex(11), "model_id": file.stem}
-        answers[problem["id"]] = about | {
-            "choices": [{"index": 0, "turns": responses}],
-            "tstamp": time.time(),
-        }
+        answer = {"question_id": problem["id"], "answer_id": secrets.token_hex(11)}
+        answer |= {"model_id": file.stem, "choices": [{"index": 0, "turns": responses}]}
+        answers[problem["id"]] = answer | {"tstamp": time.time()}
         write(file, "".join(json.dumps(answers[key]) + "\n" for key in sorted(answers)))
     print(f"{name}: {len(answers)} answers in {file}, {len(samples)} of them new")
     return samples
 
 
-# ---- 8. Data: as gsil.py and irft.py read it, the same text -------------------------------------------------
+# ---- 6. Data: as gsil.py and irft.py read it, the same text ------------------------------------
 
 # Columns of the prompt and of the response: of these pairs the first that a row has filled. Without
 # a prompt's column the other one is a conversation, whose last assistant turn is imitated.
@@ -772,11 +745,11 @@ class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFo
         return super()._get_help_string(action) if action.default else action.help
 
 
-# ---- 9. Tasks ------------------------------------------------------------------------------------------------
+# ---- 7. Tasks ----------------------------------------------------------------------------------
 
 
 class Row(dict):
-    """A row that knows the column it was last asked for: an error in a task's reader is about that one."""
+    """A row that knows which column it was last asked for: an error in a reader is about that one."""
 
     column = ""
 
@@ -794,15 +767,15 @@ def need(ok, expected):
 
 @dataclass(frozen=True)
 class Task:
-    """One benchmark: what is asked, where a response stops, what counts; as its file in lm_eval 0.4.13 has it.
+    """One benchmark: what is asked, where a response stops, what counts; as in lm_eval/tasks.
 
-    A problem has question, target, which is what a worked example answers, and gold; where the model chooses,
-    questions, one for each of its choices, and gold is an index; or turns, where it goes on with a conversation.
+    A problem has question, target, which is what a worked example answers, and gold; where the model
+    chooses, questions, one for each choice, and gold is an index; or turns, to go on with.
     """
 
     read: Callable  # row -> problem
     data: tuple  # Hub name and configuration
-    counts: dict  # it writes: filter -> what counts of a response; it chooses: metric -> its function
+    counts: dict  # filter -> what counts of a response; or metric -> its name in measure
     run: Callable = respond
     score: Callable | None = None  # task, problems, responses -> a dict per problem
     reduce: Callable = normalize  # what counts of a response -> what is compared with gold
@@ -815,61 +788,72 @@ class Task:
 
 
 def read_answer(row):
+    """A row in any format that gsil.py trains on."""
     *messages, response = to_messages(dict(row))
     gold = final_answer(response["content"])
-    need(gold, f"the answer should end in '#### ' and the right value, found {response['content']!r:.200}")
+    need(gold, "the response should end in '#### ' and the right value")
     return {"turns": [(message["role"], message["content"]) for message in messages], "gold": gold}
 
 
 def read_gsm8k(row, before="Question: ", after="\nAnswer:"):
+    """gsm8k/gsm8k.yaml, gsm8k/gsm8k-cot-zeroshot.yaml"""
     question, answer = before + row["question"] + after, row["answer"]
     need(re.search(r"#### +[^\n]*\w", answer), "should end in '#### ' and the right value")
     return {"question": question, "target": answer, "gold": normalize(answer)}
 
 
 def read_humaneval(row):
+    """humaneval/humaneval.yaml"""
     code, test, name = row["prompt"] + "", row["test"] + "", row["entry_point"]
     need(f"def {name}(" in code, "should be defined in prompt")
     return {"question": code, "code": code, "gold": f"{test}\ncheck({name})"}
 
 
 def read_humaneval_instruct(row):
+    """humaneval/humaneval_instruct.yaml"""
     problem = read_humaneval(row)
     code = f"```python\n{problem['code']}\n"
-    asked = f"Write a solution to the following problem and make sure that it passes the tests:\n{code}```\n"
-    return problem | {"question": asked, "begun": f"Here is the completed function:\n{code}"}
+    asked = "Write a solution to the following problem and make sure that it passes the tests:"
+    return problem | {
+        "question": f"{asked}\n{code}```\n",
+        "begun": f"Here is the completed function:\n{code}",
+    }
 
 
-def options(question, choices, gold):
-    need(all(choices), "each choice should be text, one is empty")  # acc_norm would divide by its length
+def choosing(question, choices, gold):
+    """The problem of choosing."""
+    need(all(choices), "each choice should be text, one is empty")  # whose length acc_norm divides by
     example = {"question": question, "target": choices[gold], "gold": gold}
     return example | {"questions": [question] * len(choices), "choices": choices}
 
 
 def read_arc(row):
+    """arc/arc_easy.yaml"""
     question, choices = "Question: " + row["question"] + "\nAnswer:", row["choices"]
     need(len(choices["label"]) == len(choices["text"]), "should have as many labels as texts")
     need(row["answerKey"] in choices["label"], "should be one of choices.label")
-    return options(question, choices["text"], choices["label"].index(row["answerKey"]))
+    return choosing(question, choices["text"], choices["label"].index(row["answerKey"]))
 
 
 def read_hellaswag(row):
+    """hellaswag/utils.py"""
+
     def clean(text):  # of WikiHow's marks, [title] and the like; a double blank becomes one, once
         return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
 
     question = clean(row["activity_label"] + ": " + row["ctx_a"] + " " + row["ctx_b"].capitalize())
     choices = [clean(ending) for ending in row["endings"]]
     known = [str(n) for n in range(len(choices))]
-    need(str(row["label"]) in known, "should be an index of endings: use the split train or validation")
-    return options(question, choices, int(row["label"]))
+    need(str(row["label"]) in known, "should be an index of endings: use train or validation")
+    return choosing(question, choices, int(row["label"]))
 
 
 def read_winogrande(row):
-    """The contexts differ here, and what is scored, the rest of the sentence, does not."""
+    """winogrande/preprocess_winogrande.py: prompts differ; what is scored, the rest, does not."""
     need("_" in row["sentence"], "should have a _ where the option goes")
     before, rest = row["sentence"].split("_", 1)
     questions, rest = [before + row[option] for option in ("option1", "option2")], rest.strip()
-    need(row["answer"] in ("1", "2"), "should be 1 or 2: use the split train or validation")
+    need(row["answer"] in ("1", "2"), "should be 1 or 2: use train or validation")
     gold = int(row["answer"]) - 1
     example = {"question": questions[gold], "target": rest, "gold": gold}
     return example | {"questions": questions, "choices": [rest, rest]}
@@ -889,13 +873,14 @@ TRUTHFULQA_EXAMPLES = (
 
 
 def read_truthfulqa(row, targets):
+    """truthfulqa/truthfulqa_mc1.yaml, truthfulqa/utils.py"""
     question = TRUTHFULQA_EXAMPLES + "Q: " + row["question"] + "\nA:"
     choices, labels = row[targets]["choices"], row[targets]["labels"]
     need(len(labels) == len(choices), "should have as many labels as choices")
     if targets == "mc1_targets":
-        need(labels == sorted(labels, reverse=True) and sum(labels) == 1, "labels should be 1, 0, 0, ...")
+        need(labels == [1] + [0] * (len(labels) - 1), "labels should be 1, 0, 0, ...")
     need({*labels} == {0, 1}, "labels should be 1 and 0")
-    return options(question, choices, 0) | {"labels": labels}
+    return choosing(question, choices, 0) | {"labels": labels}
 
 
 SUBJECTS = {
@@ -916,27 +901,31 @@ SUBJECTS = {
 
 
 def read_mmlu(row):
+    """mmlu/default/_default_template_yaml"""
     need(row["subject"] in " ".join(SUBJECTS.values()).split(), "should be one of MMLU's 57")
     about = "The following are multiple choice questions (with answers) about "
     about += row["subject"].replace("_", " ") + ".\n\n"
     need(len(row["choices"]) == 4, "should be four texts")
     question = row["question"].strip() + "\nA. {}\nB. {}\nC. {}\nD. {}\nAnswer:".format(*row["choices"])
     need(str(row["answer"]) in [*"0123"], "should be 0, 1, 2 or 3")
-    problem = options(question, [*"ABCD"], int(row["answer"]))
+    problem = choosing(question, [*"ABCD"], int(row["answer"]))
     return problem | {"description": about, "subject": row["subject"]}
 
 
 def read_reward(row):
-    """A row as gsil.py trains on it, or, for --compare, a prompt alone. As plain text: HH's transcript."""
+    """A row as gsil.py trains on it, or, for --compare, a prompt alone. Plain: HH's transcript."""
     answered = {after for _, after in COLUMNS} & {*row}
-    *messages, response = to_messages(dict(row) if answered else row | {"response": "-", "answer": "-"})
+    none = {} if answered else {"response": "-", "answer": "-"}
+    *messages, response = to_messages(dict(row) | none)
     turns = [(message["role"], message["content"]) for message in messages]
     names = {"user": "Human", "assistant": "Assistant"}
-    text = "".join(f"\n\n{names.get(role, role)}: {said}" for role, said in turns) + "\n\nAssistant:"
-    return {"turns": turns, "question": text, "response": response["content"].strip() if answered else None}
+    text = "".join(f"\n\n{names.get(role, role)}: {said}" for role, said in turns)
+    theirs = response["content"].strip() if answered else None
+    return {"turns": turns, "question": f"{text}\n\nAssistant:", "response": theirs}
 
 
 def read_mt_bench(row):
+    """FastChat's llm_judge/data/mt_bench/question.jsonl"""
     need(isinstance(row["turns"], list), "should be a list of texts")
     return {"id": row["question_id"], "category": row["category"], "questions": row["turns"]}
 
@@ -989,7 +978,7 @@ TASKS = {
 }
 
 
-# ---- 10. The whole evaluation ---------------------------------------------------------------------------------
+# ---- 8. The whole evaluation -------------------------------------------------------------------
 
 
 def main(args):
@@ -998,7 +987,7 @@ def main(args):
         Path(args.out).parent.mkdir(parents=True, exist_ok=True)
         open(args.out, "a", encoding="utf-8").close()
     if args.allow_code_execution:
-        print("warning: runs what the model writes; this is not a sandbox, use a container without network")
+        print("warning: runs what the model writes, not in a sandbox; use a container without network")
     data = {name: read_task(name, TASKS[name], args) for name in args.tasks}
     # Before any model answers: a mistake here should not cost the answers.
     if args.compare:
@@ -1008,11 +997,12 @@ def main(args):
     if "reward" in data:
         reward_model = load_reward(args.reward_model, args)
         for n, problem in enumerate(data["reward"][0], 1):
-            reward_ids(*reward_model[1:], problem["turns"], "a")  # ends here if the template refuses these
+            reward_ids(reward_model[1], problem["turns"], "a")  # ends if the template refuses these
             if problem["response"] is None and not args.compare:
                 die(f"reward, problem {n}: has no response to compare with: --compare MODEL")
     packages = {name: version(name) for name in ("torch", "transformers", "datasets")}
-    outcome = {"version": 2, "scores as": "lm_eval 0.4.13", "packages": packages, "settings": vars(args)}
+    outcome = {"version": 2, "scores as": "lm_eval 0.4.13", "packages": packages}
+    outcome["settings"] = vars(args)
     outcome |= evaluate(args.model, data, args)
     if args.compare:
         outcome["compare"] = evaluate(args.compare, data, args)
@@ -1025,7 +1015,7 @@ def main(args):
 
 
 def read_task(name, task, args):
-    """The problems to ask, up to --limit, and the worked examples of each: (question, answer) pairs."""
+    """The problems to ask, up to --limit, and the (question, answer) of each one's worked examples."""
     k = task.shots or 0
     if task.shots != 0:  # as in lm_eval: where it is 0 it stays 0
         k = args.shots.get(name, k)
@@ -1034,15 +1024,12 @@ def read_task(name, task, args):
     need = k + (k > 0 and task.draw == "others")
     problems, shots = [], []
     # MMLU's subjects are tasks of their own, as in lm_eval: examples and --limit are of each.
-    for subject in dict.fromkeys(problem.get("subject", name) for _, problem in everything) or [name]:
-        rows, others = [
-            [pair for pair in split if pair[1].get("subject", name) == subject]
-            for split in (everything, pool)
-        ]
+    subjects = [problem.get("subject", name) for _, problem in everything]
+    for subject in dict.fromkeys(subjects) or [name]:
+        rows = [pair for pair in everything if pair[1].get("subject", name) == subject]
+        others = [pair for pair in pool if pair[1].get("subject", name) == subject]
         if not rows or len(others) < need:
-            die(
-                f"{subject}: {len(rows)} problems, {len(others)} rows to draw {need} worked examples from: too few"
-            )
+            die(f"{subject}: too few, {len(rows)} problems, {len(others)} rows for {need} worked examples")
         limit = args.limit or len(rows)
         rows = rows[: math.ceil(limit * len(rows)) if limit < 1 else int(limit)]
         examples = {id(row): (problem["question"], problem["target"]) for row, problem in others}
@@ -1053,7 +1040,7 @@ def read_task(name, task, args):
 
 
 def read_split(name, task, split, args):
-    """[(row, problem)] of a split. A row that is none ends the run; in `answers`, if more than a tenth are."""
+    """[(row, problem)] of a split. A bad row ends the run; of `answers`, more than a tenth do."""
     found, unusable = [], []
     for place, row in find_rows(name, task, split, args):
         try:
@@ -1069,12 +1056,12 @@ def read_split(name, task, split, args):
         print(f"warning: {name}: {len(unusable)} rows are left out, the first is {unusable[0]}")
     empty = sum("" in problem.get("choices", ()) for _, problem in found)
     if empty:
-        print(f"warning: {name}: nothing follows the _ in {empty} sentences, what is scored is one blank")
+        print(f"warning: {name}: nothing follows the _ in {empty} sentences, one blank is scored")
     return found
 
 
 def find_rows(name, task, split, args):
-    """(place, row) pairs of a split: of a file, of the file named so in a folder, or of the Hub."""
+    """(place, row) pairs of a split: of a file, of the file so named in a folder, or of the Hub."""
     path = Path(args.data.get(name, task.data[0]))
     if name not in args.data and not path.exists():
         import datasets  # slow to import, and files do not need it
@@ -1092,7 +1079,7 @@ def find_rows(name, task, split, args):
     for part in subjects or [folder]:
         files = [*part.glob(f"{split}.*")]
         if len(files) != 1:
-            hint = "; worked examples come from it, --shots 0: none" if split == task.splits[1] else ""
+            hint = "; for the worked examples, or give --shots 0" if split == task.splits[1] else ""
             die(f"{part}: there should be one file {split}.jsonl (or .json, .csv, .parquet){hint}")
         more = {"subject": part.name} if subjects else {}
         found += [(place, row | more) for place, row in read_rows(str(files[0]), split)]
@@ -1105,13 +1092,11 @@ CAUSES |= {"unfinished": "responses were cut at --max-new-tokens"}
 
 
 def evaluate(path, data, args):
-    """Ask one model; data: {task: (problems, examples of each)}. Returns its results and samples by task."""
+    """Ask one model; data: {task: (problems, their examples)} -> its results and samples by task."""
     policy = load_policy(path, args)
     needing = [name for name in data if args.chat or TASKS[name].always_chat]
     if needing and not policy.tokenizer.chat_template:
-        die(
-            f"{path} has no chat template, which --chat and the tasks answers and mt_bench need: {needing[0]}"
-        )
+        die(f"{path} has no chat template: --chat, answers and mt_bench need one; {needing[0]}")
     outcome = {"model": path, "results": {}, "samples": {}}
     for name, (problems, shots) in data.items():
         samples = TASKS[name].run(name, TASKS[name], problems, shots, policy, args)
@@ -1125,7 +1110,7 @@ def evaluate(path, data, args):
 
 
 def summarize(samples):
-    """Means over problems and their standard errors (None for one problem), and what may explain a bad one."""
+    """Means over problems, their standard errors, None for one problem, and the CAUSES counted."""
     summary = {"n": len(samples)}
     summary |= {key: sum(sample.get(key, 0) for sample in samples) for key in CAUSES}
     for metric in samples[0]["metrics"] if samples else []:
@@ -1139,8 +1124,8 @@ def stderr(values):
 
 
 def mmlu_results(subjects, samples):
-    """Of MMLU, its groups and subjects: accuracy over all questions, as in lm_eval, and its standard error
-    from the variances within the subjects; acc,unweighted is the mean of the subjects' accuracies."""
+    """Of MMLU, its groups and subjects: accuracy over all questions and its standard error from the
+    variances within subjects, as in lm_eval; acc,unweighted: the mean of the subjects' accuracies."""
     by_subject, results = {}, {}
     for subject, sample in zip(subjects, samples):
         by_subject.setdefault(subject, []).append(sample)
@@ -1153,16 +1138,17 @@ def mmlu_results(subjects, samples):
         result |= {"acc,unweighted": fmean(map(fmean, rights)), "acc_stderr,none": None}
         if min(map(len, rights)) > 1:
             squares = sum((len(right) - 1) * variance(right) for right in rights)
-            result["acc_stderr,none"] = math.sqrt(squares / (result["n"] - len(parts)) / result["n"])
+            n = result["n"]
+            result["acc_stderr,none"] = math.sqrt(squares / (n - len(parts)) / n)
         results[group if group == "mmlu" else f"mmlu_{group}"] = result
     return results | {f"mmlu_{name}": summarize(part) for name, part in by_subject.items()}
 
 
 def compare(ours, theirs):
-    """Values of a metric, problem by problem -> mean difference, half its 95 % interval, McNemar's exact p.
+    """Values of a metric by problem -> mean difference, half its 95 % interval, McNemar's exact p.
 
-    p: of the problems that one model alone gets right, how likely would a fair coin split them as unevenly?
-    None unless all values are 0 or 1.
+    p: of the problems that one model alone gets right, how likely would a fair coin split them as
+    unevenly? None unless all values are 0 or 1.
     """
     # Problems are hard or easy for both models; in a difference that cancels.
     differences, p = [a - b for a, b in zip(ours, theirs)], None
@@ -1193,30 +1179,29 @@ def print_differences(outcome, other):
     other["differences"], rows = {}, []
     for name, samples in outcome["samples"].items():
         for metric in samples[0]["metrics"]:
-            sides = [
-                [sample["metrics"][metric] for sample in side["samples"][name]] for side in (outcome, other)
-            ]
-            found = other["differences"][f"{name},{metric}"] = compare(*sides)
+            ours = [sample["metrics"][metric] for sample in samples]
+            theirs = [sample["metrics"][metric] for sample in other["samples"][name]]
+            found = other["differences"][f"{name},{metric}"] = compare(ours, theirs)
             difference, width, p = found.values()
-            rows.append(
-                [f"{name},{metric}", difference, width, "<0.001" if p is not None and p < 0.001 else p]
-            )
+            tiny = p is not None and p < 0.001
+            rows.append([f"{name},{metric}", difference, width, "<0.001" if tiny else p])
     print_table([f"minus {other['model']}", "difference", "±", "p"], rows)
 
 
 def print_table(head, rows):
-    """'gsm8k,exact_match,strict-match' is 'gsm8k strict-match' here, 'mmlu,acc,none' is 'mmlu acc'."""
+    """'gsm8k,exact_match,strict-match' is shown as 'gsm8k strict-match', 'mmlu,acc,none' as 'mmlu acc'."""
     wide = max(len(str(row[0])) for row in [head, *rows])
     for first, *cells in [head, *rows]:
         first = re.sub(",(none|create_test)|exact_match,", "", first).replace(",", " ")
-        shown = ["-" if c is None else f"{c:.4f}" if isinstance(c, float) else str(c) for c in cells]
-        print(f"{first:{wide}}" + "".join(f"{cell:>12}" for cell in shown))
+        cells = ["-" if cell is None else cell for cell in cells]
+        cells = [f"{cell:.4f}" if isinstance(cell, float) else str(cell) for cell in cells]
+        print(f"{first:{wide}}" + "".join(f"{cell:>12}" for cell in cells))
 
 
-# ---- 11. Models and files ------------------------------------------------------------------------------------
+# ---- 9. Models and files -----------------------------------------------------------------------
 
-# window: as many tokens as prompt and response may have together; kinds: what the model keeps of the tokens it
-# has read, as the names of the classes of its cache's layers
+# window: as many tokens as prompt and response may have together; kinds: what the model keeps of the
+# tokens that it has read, as the names of the classes of its cache's layers
 Policy = namedtuple("Policy", "model tokenizer window kinds")
 
 
@@ -1225,15 +1210,15 @@ def load_policy(path, args):
     window = find_window(model.config, tokenizer)
     # A BOS in front changes every score, so it is said.
     begin = tokenizer.bos_token if tokenizer("a").input_ids[0] == tokenizer.bos_token_id else "no BOS token"
-    kind = (
-        f"{sum(p.numel() for p in model.parameters()):,} parameters, {str(model.dtype)[6:]}, {model.device}"
-    )
-    print(f"model {path}: {kind}; prompts begin with {begin}; window {window or '2048, as none is given'}")
+    size = sum(weight.numel() for weight in model.parameters())
+    print(f"model {path}: {size:,} parameters, {str(model.dtype)[6:]}, {model.device}; ", end="")
+    print(f"prompts begin with {begin}; window {window or '2048, as none is given'}")
     return Policy(model, tokenizer, window or 2048, cache_kinds(model))
 
 
 def cache_kinds(model):
-    cache = getattr(model(torch.tensor([[0]], device=model.device), use_cache=True), "past_key_values", None)
+    out = model(torch.tensor([[0]], device=model.device), use_cache=True)
+    cache = getattr(out, "past_key_values", None)
     return {type(layer).__name__ for layer in getattr(cache, "layers", [None])}
 
 
@@ -1241,9 +1226,10 @@ def find_window(config, tokenizer):
     """In lm_eval's order; None: unknown, some tokenizers say 1e30."""
     config = getattr(config, "text_config", None) or config
     rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type") == "longrope":  # beyond this, a row's numbers depend on the other rows
+    if rope.get("rope_type") == "longrope":  # beyond it, numbers depend on a batch's other rows
         return rope["original_max_position_embeddings"]
-    windows = [getattr(config, name, None) for name in ("n_positions", "max_position_embeddings", "n_ctx")]
+    names = ("n_positions", "max_position_embeddings", "n_ctx")
+    windows = [getattr(config, name, None) for name in names]
     windows += [tokenizer.model_max_length] if tokenizer.model_max_length < 1e29 else []
     return next(filter(None, windows), None)
 
@@ -1257,7 +1243,8 @@ def load_model(kind, path, args, **more):
     tokenizer = load(transformers.AutoTokenizer, path, "a tokenizer")
     if tokenizer.eos_token is None:
         die(f"{path}: the tokenizer has no EOS token, a response could not end")
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.unk_token or tokenizer.eos_token  # as lm_eval does
+    if tokenizer.pad_token is None:  # as lm_eval does
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     how = {"dtype": args.dtype, "use_safetensors": True, "output_loading_info": True}
     model, info = load(getattr(transformers, kind), path, f"an {kind}", **how, **more)
     if info["missing_keys"]:
@@ -1265,14 +1252,10 @@ def load_model(kind, path, args, **more):
     known = model.get_input_embeddings().num_embeddings
     if max(tokenizer.get_vocab().values()) >= known:
         die(f"{path}: the tokenizer has more tokens than the {known} that the model knows")
-    return model.eval().to(pick_device(args)), tokenizer
-
-
-def pick_device(args):
     best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if args.device not in ("auto", "cpu", best):
         die(f"--device {args.device}: PyTorch finds none here, the best is {best}")
-    return best if args.device == "auto" else args.device
+    return model.eval().to(best if args.device == "auto" else args.device), tokenizer
 
 
 def write(file, text):
@@ -1292,7 +1275,7 @@ def run_safely(main, args):
     try:
         return main(args)
     except KeyboardInterrupt:
-        print("error: stopped; --answers goes on where it was, all else starts anew", file=sys.stderr)
+        print("error: stopped; --answers goes on where it was, else all starts anew", file=sys.stderr)
         raise SystemExit(130) from None
     except OSError as error:
         die(str(error))

@@ -360,7 +360,7 @@ def bench_eval(args):
     flags = (f"--model {args.model} --tasks {args.task} --data {args.task}={folder} --limit {args.limit} "
              f"--device {device} --dtype float32 --batch-size {args.batch_size} "
              f"--max-new-tokens {args.max_new_tokens}" + f" --shots {args.shots}" * (args.shots is not None))
-    for name in ("encode", "generate", "loglikelihoods"):
+    for name in ("tokenize", "generate", "loglikelihoods"):
         setattr(ev, name, timed(getattr(ev, name), parts))
     reference = HFLM(pretrained=args.model, dtype="float32", batch_size=args.batch_size, device=device)
     reference.generate_until = timed(reference.generate_until, theirs)

@@ -3,12 +3,13 @@
 import json
 import sys
 
-import eval as ev
 import pytest
 from conftest import ROOT
 
+import eval as ev
+
 sys.path.insert(0, str(ROOT / "tests" / "parity"))
-import oracle  # noqa: E402
+import oracle
 
 BASE = str(ROOT / "tests/toy/base")
 GOLDEN = json.loads((ROOT / "tests/parity/golden.json").read_text("utf-8"))
@@ -39,16 +40,6 @@ def write_jsonl(path, rows):
 def policy_of(model, tokenizer=None, window=256):
     """What load_policy makes of a folder, of a model in memory."""
     return ev.Policy(model, tokenizer, window, ev.cache_kinds(model))
-
-
-@pytest.fixture(scope="session")
-def models(tmp_path_factory):
-    """The folder with models A and B: see tests/parity/oracle.py."""
-    folder = tmp_path_factory.mktemp("models")
-    oracle.build_models(folder)
-    if oracle.fingerprint(folder) != GOLDEN["models"]:
-        pytest.skip("this version of tokenizers makes other models than golden.json is about")
-    return folder
 
 
 def flags_of(case, models, batch=1):

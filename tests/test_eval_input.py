@@ -7,11 +7,11 @@ import re
 import shlex
 import shutil
 
+import pytest
+from eval_tools import ARC_ROW, BASE, GSM_ROW, fails, oracle, run, write_jsonl
+
 import eval as ev
 import gsil
-import pytest
-from conftest import ROOT
-from eval_tools import ARC_ROW, BASE, GSM_ROW, fails, oracle, run, write_jsonl
 
 CODE = "def double(n):\n"
 CODE_ROW = {"prompt": CODE, "test": "def check(candidate):\n    pass\n", "entry_point": "double"}

@@ -3,13 +3,22 @@
 import math
 import random
 
-import eval as ev
 import pytest
 import torch
 import transformers
 from conftest import byte_tokenizer, tiny_model
-from eval_tools import ARC_ROW, GSM_ROW, fails, flags_of, models, oracle  # noqa: F401 (models: a fixture)
-from eval_tools import policy_of, run, write_jsonl
+from eval_tools import (
+    ARC_ROW,
+    GSM_ROW,
+    fails,
+    flags_of,
+    oracle,
+    policy_of,
+    run,
+    write_jsonl,
+)
+
+import eval as ev
 
 SIZES = {
     "vocab_size": 260,
@@ -105,7 +114,7 @@ def test_long_prompts_are_read_one_after_the_other(monkeypatch):
     assert passes[:5] == [(1, 39), (1, 29), (1, 19), (1, 1), (4, 1)]
 
 
-def test_samples_and_their_mean(models):  # noqa: F811
+def test_samples_and_their_mean(models):
     """mean@n is a mean over all samples of all problems, and the seed decides them."""
     case = {"model": "A", "task": "gsm8k", "shots": 0}
     once, again, other = [
@@ -120,7 +129,7 @@ def test_samples_and_their_mean(models):  # noqa: F811
     assert score["metrics"] == {"exact_match,strict-match": 0.5, "exact_match,flexible-extract": 0.75}
 
 
-def test_what_may_explain_a_result_is_counted(models, capsys):  # noqa: F811
+def test_what_may_explain_a_result_is_counted(models, capsys):
     """Prompts that lost their examples, responses cut at the limit, or a model that says nothing."""
     result = run(flags_of(oracle.CASES["A gsm8k, every prompt cut"], models))["results"]["gsm8k"]
     assert result["truncated"] == result["n"] == 8 and "8 prompts lost" in capsys.readouterr().out

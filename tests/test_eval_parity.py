@@ -6,9 +6,10 @@ tests/parity/golden.json was written by tests/parity/oracle.py from lm_eval. Eve
 import importlib.util
 import random
 
-import eval as ev
 import pytest
-from eval_tools import GOLDEN, flags_of, models, oracle, run, write_jsonl  # noqa: F401 (models: a fixture)
+from eval_tools import GOLDEN, flags_of, oracle, run, write_jsonl
+
+import eval as ev
 
 
 def check_equal(task, outcome, expected):

@@ -5,10 +5,10 @@ import os
 import time
 from itertools import combinations
 
-import eval as ev
 import pytest
 from conftest import ROOT
-from eval_tools import write_jsonl
+
+import eval as ev
 
 SHARED = ROOT.parent / "shared" / "data"  # real benchmark files, which this repository does not hold
 PROMPT = "def double(n):\n"

@@ -1,11 +1,12 @@
 """eval.py: what is asked, and how the worked examples before it are drawn."""
 
-import eval as ev
-import gsil
 import torch
 from conftest import ROOT
-from eval_tools import BASE, models, oracle, run  # noqa: F401 (models: a fixture)
+from eval_tools import BASE, oracle, run
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import eval as ev
+import gsil
 
 
 def test_examples_are_drawn_from_one_stream():
@@ -44,7 +45,7 @@ def test_plain_prompt_is_what_its_docstring_shows():
     )
 
 
-def test_a_template_without_system_turn(models):  # noqa: F811
+def test_a_template_without_system_turn(models):
     """Gemma's template refuses MMLU's description as a system turn; lm_eval leaves the turn out."""
     tokenizer = AutoTokenizer.from_pretrained(models / "B")
     refuse = "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}"
@@ -53,7 +54,7 @@ def test_a_template_without_system_turn(models):  # noqa: F811
     assert ev.build_prompt(problem, [], "Which?", tokenizer).startswith("<s><|user|>\nWhich?")
 
 
-def test_bos_is_there_once(tokenizer, models):  # noqa: F811
+def test_bos_is_there_once(tokenizer, models):
     """A template that writes BOS itself must not get a second one from the tokenizer."""
     with_bos = AutoTokenizer.from_pretrained(models / "B")
     for text in ("a", "<s>a"):

@@ -7,10 +7,11 @@ import random
 import subprocess
 import sys
 
-import eval as ev
 import pytest
 from conftest import ROOT
 from eval_tools import BASE, run, write_jsonl
+
+import eval as ev
 
 
 def test_a_measure_of_choices_by_hand():
@@ -105,5 +106,6 @@ def test_a_terminal_without_the_letters(tmp_path):
     """± in a cp1252 or ASCII pipe, after hours of work, must not end in a UnicodeEncodeError."""
     row = write_jsonl(tmp_path / "x.jsonl", [{"question": "ava has 2 apples .", "answer": "#### 2"}])
     command = [sys.executable, f"{ROOT}/eval.py", "--data", row, "--max-new-tokens", "4"]
-    done = subprocess.run(command, capture_output=True, env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    ascii_only = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, capture_output=True, env=ascii_only, check=False)
     assert done.returncode == 0 and b"\\xb1" in done.stdout, done.stderr

@@ -3,8 +3,6 @@
 import json
 import math
 
-import eval as ev
-import gsil
 import pytest
 import torch
 import transformers
@@ -12,13 +10,16 @@ from conftest import ROOT, byte_tokenizer, tiny_model
 from eval_tools import BASE, GSM_ROW, fails, run, write_jsonl
 from safetensors.torch import load_file, save_file
 
+import eval as ev
+import gsil
+
 HELDOUT = f"{ROOT}/tests/toy/heldout.jsonl"
 HH = {"chosen": "\n\nHuman: Hi \n\nAssistant: Hello\n\nHuman: Why?\n\nAssistant: So.", "rejected": "x"}
 TURNS = [("user", "Hi"), ("assistant", "Hello"), ("user", "Why?")]
 
 
 def test_an_hh_transcript_and_its_formats():
-    """The turns are those of the training; given to beaver as it is, a text has a form it never read."""
+    """The turns are those of the training, in the chat template or as a plain transcript."""
     problem = ev.read_reward(HH)
     assert problem["turns"] == TURNS and problem["response"] == "So."
     assert problem["question"] == "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: Why?\n\nAssistant:"
@@ -29,10 +30,7 @@ def test_an_hh_transcript_and_its_formats():
         "response": None,
     }
     tokenizer = byte_tokenizer()
-    assert tokenizer.decode(ev.reward_ids(tokenizer, True, TURNS, "So.")) == (
-        "BEGINNING OF CONVERSATION: USER: Hi ASSISTANT:Hello</s>USER: Why? ASSISTANT:So.</s>"
-    )
-    ids = ev.reward_ids(tokenizer, False, TURNS[2:], "So.")  # the template's newline behind EOS is cut
+    ids = ev.reward_ids(tokenizer, TURNS[2:], "So.")  # the template's newline behind EOS is cut
     assert tokenizer.decode(ids) == "<|user|>\nWhy?</s>\n<|assistant|>\nSo.</s>"
     assert ev.build_prompt(problem, [], "", tokenizer).endswith(
         "<|assistant|>\nHello</s>\n<|user|>\nWhy?</s>\n<|assistant|>\n"
@@ -70,24 +68,6 @@ def test_a_reward_is_read_at_the_end_of_the_training_text(pad, tmp_path):
             input_ids=torch.tensor([demo["prompt_ids"] + demo["real_ids"]])
         ).last_hidden_state
         assert value == pytest.approx((model.score.weight @ hidden[0, -1]).item(), rel=1e-4)
-
-
-def test_beaver_weights_under_their_own_names(tmp_path):
-    """Loaded otherwise, beaver's head would be random numbers and only a warning."""
-    model = reward_model(tmp_path, 300)
-    tokenizer = byte_tokenizer(chat_template=None)
-    tokenizer.save_pretrained(tmp_path)
-    weights = load_file(tmp_path / "model.safetensors")
-    weights["score_head.weight"] = weights.pop("score.weight")
-    save_file(weights | {"score_head.bias": torch.ones(1)}, tmp_path / "model.safetensors", {"format": "pt"})
-    settings = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(settings | {"architectures": ["LlamaForScore"]}))
-    ids = tokenizer("BEGINNING OF CONVERSATION: USER: Hi ASSISTANT:Hello</s>", return_tensors="pt").input_ids
-    hidden = model.model(input_ids=ids).last_hidden_state[0, -1]
-    loaded = ev.load_reward(str(tmp_path), ev.parse_args(["--device", "cpu"]))
-    assert ev.rewards(*loaded, [([("user", "Hi")], "Hello")]) == [
-        pytest.approx((model.score.weight @ hidden).item(), rel=1e-4)
-    ]
 
 
 @pytest.mark.parametrize(
