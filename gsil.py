@@ -42,14 +42,8 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    DynamicCache,
-    GenerationConfig,
-    get_scheduler,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, get_scheduler
+from transformers.cache_utils import DynamicCache
 from transformers.distributed import gather_full_state_dict
 from transformers.utils import logging as hf_logging
 
@@ -368,6 +362,7 @@ def sft_baseline(out, demos, dev, epochs, likelihood, tokenizer, respond, args):
     policy = load_model(args.model, args)
     best = -1.0
     records = []
+    print_line(" " * 12, {"loss": 0, "dev_accuracy": 0}, title=True)
     for record in train(policy, demos, likelihood, epochs, args, f"{args.seed} sft"):
         records.append(record)
         if record["step"] * epochs % record["steps"] == 0:  # the end of an epoch
@@ -377,10 +372,8 @@ def sft_baseline(out, demos, dev, epochs, likelihood, tokenizer, respond, args):
                 best = record["dev_accuracy"]
                 save_model(policy, tokenizer, out / "sft")
             loss = fmean(record["loss"] for record in records[-record["steps"] // epochs :])
-            found = (
-                f"epoch {record['epoch']:.0f}   loss {loss:.4f}   dev {cell(record['dev_accuracy'], '.1%')}"
-            )
-            print(f"  {found}   kept" if kept else f"  {found}", flush=True)
+            first = f"epoch {record['epoch']:.0f}{' kept' if kept else ''}"
+            print_line(first.ljust(12), {"loss": loss, "dev_accuracy": record["dev_accuracy"]})
         log(out, {"phase": "sft", **record})
     return sum(record["seconds"] for record in records)
 
@@ -396,6 +389,7 @@ ROLES = {"human": "user", "gpt": "assistant", "Human": "user", "Assistant": "ass
 # A row or a turn with one of these says more than its text, and only text is trained on.
 BEYOND_TEXT = ["tools", "functions", "tool_calls", "function_call", "reasoning_content", "images"]
 BEYOND_TEXT += ["cells without a title"]
+UNUSABLE = (ValueError, TemplateError, AttributeError, KeyError, TypeError)  # what such rows raise
 
 
 def read_rows(path, split):
@@ -432,8 +426,10 @@ def read_rows(path, split):
 def to_messages(row):
     """A row with any of COLUMNS -> messages, {"role", "content"}, the last one by the assistant.
 
-    Raises ValueError in words; AttributeError, KeyError or TypeError where row or turn is no dict of that kind.
+    Raises one of UNUSABLE, in words, if the row lacks something or has more than text.
     """
+    if not isinstance(row, dict):
+        raise TypeError(f"not an object with columns, but {row!r:.60}")
     filled = [name for name, value in row.items() if value is not None]
     pairs = [pair for pair in COLUMNS if {*pair} - {None} <= {*filled}]
     if not pairs:
@@ -465,9 +461,11 @@ def to_messages(row):
 
 def to_message(turn):
     """A turn with role and content, or from and value -> {"role", "content"}, both text."""
-    role = turn.get("role") or turn["from"]
-    content = turn["value"] if turn.get("content") is None else turn["content"]
-    if isinstance(content, list) and all(part["type"] == "text" for part in content):
+    if not isinstance(turn, dict):
+        raise TypeError(f"not a turn with role and content, but {turn!r:.60}")
+    role = turn.get("role") or turn.get("from")
+    content = turn.get("value") if turn.get("content") is None else turn["content"]
+    if isinstance(content, list) and all(part.get("type") == "text" for part in content):
         content = "".join(part["text"] for part in content)
     beyond = [name for name in BEYOND_TEXT if (turn.get(name) or "[]") != "[]"]
     if not isinstance(content, str) or beyond or (role != "system" and not content.strip()):
@@ -476,11 +474,12 @@ def to_message(turn):
     return {"role": ROLES.get(role, role), "content": content}
 
 
-def encode(messages, tokenizer, eos_ids):
-    """Messages -> {prompt, response, prompt_ids, real_ids (with EOS), answer or None}.
+def encode(row, tokenizer, eos_ids):
+    """A row -> a demonstration: {prompt, response, prompt_ids, real_ids (with EOS), answer or None}.
 
-    Raises ValueError or TemplateError where template or EOS would make another text of it.
+    Raises one of UNUSABLE, also where chat template or EOS would make another text of the response.
     """
+    messages = to_messages(row)
     prompt = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
     text = tokenizer.apply_chat_template(messages, tokenize=False)
     response = messages[-1]["content"]
@@ -503,36 +502,30 @@ def encode(messages, tokenizer, eos_ids):
     return demo | {"real_ids": ids[: end + 1], "answer": final_answer(response)}
 
 
-def read_demos(path, split, tokenizer, eos_ids):
-    """A file's or Hub dataset's demonstrations; of rows that cannot be used at most a tenth."""
-    demos = []
+def read_demos(path, split, make):
+    """[make(row) for rows of a file or Hub dataset], without those that raise UNUSABLE, at most a tenth."""
+    made = []
     unusable = []
     for place, row in read_rows(path, split):
         try:
-            demos.append(encode(to_messages(row), tokenizer, eos_ids))
-        except (ValueError, TemplateError) as error:
+            made.append(make(row))
+        except UNUSABLE as error:
             unusable.append(f"{place}: {error}")
-        except (AttributeError, KeyError, TypeError):
-            unusable.append(f"{place}: neither columns nor turns with role and content: {row!r:.80}")
-    n = len(demos) + len(unusable)
+    n = len(made) + len(unusable)
     if not n:
         die(f"{path}: no rows")
     if len(unusable) > n / 10:
         die(f"{unusable[0]} ({len(unusable)} of {n} rows cannot be used)")
     if unusable:
         print(f"warning: {len(unusable)} of {n} rows are left out, such as {unusable[0]}")
-    unknown = {tokenizer.unk_token_id} - {None, *eos_ids}
-    lost = sum(not unknown.isdisjoint(demo["prompt_ids"] + demo["real_ids"]) for demo in demos)
-    if lost:
-        print(f"warning: {path}: in {lost} of {n} rows are words that the tokenizer does not know")
-    return demos
+    return made
 
 
 def read_data(config, tokenizer, eos_ids, args):
     """(demonstrations, dev problems, held-out problems, tokens of the longest response); [] where none are."""
+    make = partial(encode, tokenizer=tokenizer, eos_ids=eos_ids)
     paths = (args.data, args.dev, args.heldout)
-    parts = [read_demos(path, args.split, tokenizer, eos_ids) if path else [] for path in paths]
-    demos, dev, heldout = parts
+    demos, dev, heldout = [read_demos(path, args.split, make) if path else [] for path in paths]
     everything = demos + dev + heldout
     vocabulary = config.get_text_config().vocab_size
     if max(max(demo["prompt_ids"] + demo["real_ids"]) for demo in everything) >= vocabulary:
@@ -541,6 +534,10 @@ def read_data(config, tokenizer, eos_ids, args):
     room = window(config) - longest
     if room < (args.max_new_tokens or 1):
         die(f"--max-new-tokens: {max(0, room)} fit the window, {window(config)}, after a prompt of {longest}")
+    unknown = {tokenizer.unk_token_id} - {None, *eos_ids}
+    lost = sum(not unknown.isdisjoint(demo["prompt_ids"] + demo["real_ids"]) for demo in everything)
+    if lost:
+        print(f"warning: {lost} rows have words that the tokenizer does not know")
     max_new_tokens = args.max_new_tokens or min(256, room)
     if not args.max_new_tokens and room < 256:
         print(f"--max-new-tokens is {room}: more does not fit the model's window after the longest prompt")
@@ -641,16 +638,12 @@ TITLES = {  # metric -> its title and format; printed in this order
 }
 
 
-def cell(value, form):
-    return "-" if value is None else format(value, form)
-
-
 def print_line(first, values, title=False):
     """A line of a table: of values, {metric: number or None}, those that TITLES has; or their titles."""
     for metric, (name, form) in TITLES.items():
         if metric in values:
-            text = name if title else cell(values[metric], form)
-            first += text.rjust(max(9, len(name) + 2))
+            number = "-" if values[metric] is None else format(values[metric], form)
+            first += (name if title else number).rjust(max(9, len(name) + 2))
     print(first, flush=True)
 
 
@@ -711,10 +704,10 @@ def open_folder(args):
     if out.exists() and any(out.iterdir()) and not args.resume:
         die(f"--out {out} is not empty: name another folder, or continue that run by --resume {out}")
     file = out / "metrics.jsonl"
-    kept = []
-    for record in read_json_lines(file) if file.exists() else []:
-        phase = record["phase"]  # an interrupted one happens again, and so does the SFT baseline
-        if phase == "base" or (out / f"round_{phase.split()[-1]}").exists():
+    records = read_json_lines(file) if file.exists() else []
+    kept = []  # what an interrupted phase has logged happens again, and so does the SFT baseline
+    for record in records:
+        if record["phase"] == "base" or (out / f"round_{record['phase'].split()[-1]}").exists():
             kept.append(record)
     gather(None)  # nobody writes before all have looked
     write(out / "args.json", [vars(args)])
@@ -802,10 +795,10 @@ def load_tokenizer(args):
 
 def load_model(path, args):
     """A causal language model with fp32 weights, not from pickles, which can run any code."""
-    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    device = next(name for name in found if found[name]) if args.device == "auto" else args.device
-    if not found[device]:
-        die(f"--device {device}: there is none here")
+    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    device = best if args.device == "auto" else args.device
+    if device not in (best, "cpu"):
+        die(f"--device {device}: there is none here, the best is {best}")
     options = {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}
     model, info = load(AutoModelForCausalLM, path, "causal language model", **options)
     # A weight that is missing would be random without a word, one that is NaN be found much later.
@@ -815,7 +808,7 @@ def load_model(path, args):
         die(f"{path}: weights that are missing or not finite numbers: {names:.200}")
     model = model.to(device).eval()
     with torch.no_grad():  # what sample will need, tried on two tokens
-        out = model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=device), use_cache=True)
+        out = model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=model.device), use_cache=True)
     if type(out.get("past_key_values")) is not DynamicCache:
         die(f"{path}: {model.config.model_type} keeps no cache that sampling can use, as attention does")
     return model
@@ -901,14 +894,19 @@ def micro_batches(batch, max_tokens):
     return parts
 
 
-def prepare(model, args):
+def layers_of(model):
+    """The decoder's blocks: its first list of modules."""
+    parts = model.get_decoder().modules()
+    return next(part for part in parts if isinstance(part, torch.nn.ModuleList))
+
+
+def prepare(model, args, sharded=True):
     """--checkpoint-activations; under torchrun FSDP2, which spreads weights, gradients, optimizer.
 
     transformers' gradient_checkpointing_enable does nothing in evaluation mode, needed here.
     """
-    parts = model.get_decoder().modules()
-    layers = next(part for part in parts if isinstance(part, torch.nn.ModuleList))
-    if dist.is_initialized():
+    layers = layers_of(model)
+    if sharded and dist.is_initialized():
         mesh = dist.init_device_mesh(model.device.type, (ranks()[1],))
         for part in (*layers, model):  # weights stay, once gathered, until a backward pass:
             fully_shard(part, mesh=mesh, reshard_after_forward=False)  # no rank waits in sampling

@@ -1,28 +1,29 @@
 """RFT and IRFT, reward learning from demonstrations (arXiv 2405.17888), in one file.
 
-Which reward explains the demonstrations? One under which they are better than anything the model would
-write itself: maximum-likelihood inverse reinforcement learning, over rewards r and policies pi,
+Which reward explains the demonstrations? One under which they are better than anything the model would write
+itself: maximum-likelihood inverse reinforcement learning, over rewards r and policies pi,
 
     min over r, max over pi of   E_pi[r(x, y)] - kl KL(pi || pi_ref) - E_demonstrations[r(x, y)]
 
-whose inner optimum is pi_ref exp(r/kl) / Z. RFT (Algorithm 1) keeps r in a reward model of its own. A round:
-the policy answers the demonstrations' prompts; the reward learns to put the demonstration y+ above that
-answer y-; the policy improves on r - kl log pi/pi_ref, pi_ref being the policy at the very start. IRFT
-(Algorithm 2) has no reward model: its reward is scale log pi/pi_ref, so reward and policy are one; pi_ref is
-the policy at the start of a chunk of demonstrations, and -log s(scale (d(y+) - d(y-))) is SPIN's loss.
+whose inner optimum is pi_ref exp(r/kl) / Z. RFT (Algorithm 1) keeps r in a reward model of its own. A round: the
+policy answers the demonstrations' prompts; the reward learns to put the demonstration y+ above that answer y-;
+the policy improves on r - kl log pi/pi_ref, where pi_ref is the policy at the very start. IRFT (Algorithm 2) has
+no reward model: its reward is scale log pi/pi_ref, pi_ref being the policy at the start of a chunk of the
+demonstrations, and its loss -log s(scale (d(y+) - d(y-))) is SPIN's.
 
 One round fitted to its optimum is pi_ref (p/pi_ref)^(1/kl) / Z for RFT, and with scale in the place of kl for
-IRFT, SPIN and GSIL; p is how the demonstrators write. So 1 imitates them, less than 1 goes past them. The
-policy step is REINFORCE with leave-one-out advantages, with --ppo-epochs > 1 PPO's clipped ratio, of whole
-responses. Differs from the official code: ids stay as sampled, EOS only where it was sampled; the reward is
-read at the last token of a response in training and in use; the SFT baseline is plain cross-entropy.
+IRFT and GSIL; p is how the demonstrators write. So 1 imitates them, and less than 1 goes past them. Under RFT
+three models are in memory: policy, start policy, reward. Unlike in the official code, token ids stay as sampled,
+the reward is read at a response's last token in training and in use, and the SFT baseline is cross-entropy.
 
-    python irft.py                                  # RFT on the built-in toy, about a minute on two CPU cores
+    python irft.py                              # RFT on the built-in toy, about a minute on two CPU cores
     python irft.py --method irft --chunks 5
-    python irft.py --preferences prefs.jsonl --preference-weight 0.5
+    python irft.py --preferences tests/toy/preferences.jsonl --preference-weight 0.5
 """
+
 import argparse
-import gc
+import csv
+import io
 import json
 import math
 import os
@@ -35,1022 +36,1198 @@ from functools import partial
 from pathlib import Path
 from statistics import fmean
 
-# Threads that spin while they wait are 10 times slower as soon as another program wants the CPU, too.
-os.environ.setdefault("GOMP_SPINCOUNT", "2000")
-
+import pyarrow.parquet
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from jinja2 import TemplateError
-from safetensors import SafetensorError
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer,
-                          get_scheduler)
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GenerationConfig,
+    get_scheduler,
+)
+from transformers.cache_utils import DynamicCache
 from transformers.distributed import gather_full_state_dict
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as hf_logging
 
 TOY = Path(__file__).parent / "tests" / "toy"
 
 
 def parse_args(argv=None):
-    """Flags -> Namespace; the defaults suit the built-in toy and were chosen on its dev problems."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter,
-                                     usage="%(prog)s [flags]; --help lists them")
-    flag = parser.add_argument
-    flag("--method", choices=["rft", "irft"], default="rft", help="an explicit or an implicit reward")
-    # data: what is imitated, and what is checked
-    flag("--model", default=str(TOY / "base"), help="the start policy: folder or Hub name")
-    flag("--data", default=str(TOY / "demos.jsonl"), help=".jsonl .json .csv .parquet or Hub name")
+    """Flags -> Namespace, never written to later. The defaults were chosen on the toy's dev problems."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help, allow_abbrev=False)
+    flag = parser.add_argument_group("both methods").add_argument
+    flag("--method", choices=["rft", "irft"], default="rft", help="explicit or implicit reward")
+    flag("--model", default=f"{TOY}/base", help="start model: a folder or a Hub name")
+    flag("--data", default=f"{TOY}/demos.jsonl", help=".jsonl .json .csv .parquet or a Hub name")
     flag("--split", default="train", help="split of a Hub dataset")
-    flag("--dev", help="problems to choose the best round by; checkable answers end in '#### value'")
-    flag("--heldout", help="problems for the table, in the same form")
-    flag("--prompt-template", help="text with {prompt}, instead of the chat template")
-    flag("--max-new-tokens", type=number(int, 1), default=256, help="of any response, real or generated")
-    flag("--samples-per-prompt", type=number(int, 1), default=1, help="pairs per demonstration")
-    flag("--temperature", type=number(float, 0), default=1.0, help="of the pairs' responses; 0: greedy")
-    flag("--baseline", choices=["sft", "none"], default="sft", help="SFT, same start, at least our compute")
-    # the optimizer
+    flag("--dev", help="problems that choose the best round; answers end in '#### value'")
+    flag("--heldout", help="problems for the table; if not given, a tenth of --data")
+    flag("--prompt-template", help="text with {prompt} in it, instead of a chat template")
+    flag("--max-new-tokens", type=int, help="longest response; if not given, 256 or what fits")
+    flag("--temperature", type=float, default=1.0, help="of the pairs' samples; 0: greedy")
+    flag("--baseline", choices=["sft", "none"], default="sft", help="SFT for comparison")
     flag("--optimizer", choices=["adamw", "rmsprop"], default="adamw", help="official: rmsprop")
-    flag("--lr", type=number(float, above=0), default=2e-4, help="peak learning rate; official for 7B: 5e-7")
-    flag("--warmup", type=number(float, 0), default=0, help="steps, or below 1 a share of the round's steps")
-    flag("--decay", choices=["linear", "cosine", "constant_with_warmup"], default="linear", help="of lr")
-    flag("--batch", type=number(int, 1), default=32, help="pairs per step")
-    flag("--micro-batch", type=number(int, 1), help="pairs per forward pass: less memory, same gradient")
-    flag("--lora-rank", type=number(int, 1), help="train this many directions per matrix; official: 64")
-    flag("--checkpoint-activations", action="store_true", help="compute them twice: less memory, slower")
-    flag("--clip", type=number(float, above=0), default=1.0, help="largest gradient norm")
-    flag("--seed", type=number(int, 0), default=0, help="of the samples and the order of pairs")
-    # the run
-    flag("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto", help="auto: the first there is")
-    flag("--trust-remote-code", action="store_true", help="run code that comes with the model")
-    flag("--sample-batch", type=number(int, 1), default=256, help="prompts sampled, or scored, at a time")
-    flag("--out", help="folder for the results; default: the next free runs/irft-METHOD-N")
-    flag("--resume", metavar="DIR", help="continue that run by its own flags; --rounds may be raised")
-    flag = (irft := parser.add_argument_group("--method irft")).add_argument
-    flag("--chunks", type=number(int, 1), default=1, help="parts of the data; paper: 5 to 8")
-    flag("--loss", choices=[*LOSSES], default="spin", help="linear: the raw gradient of inverse RL")
-    flag("--scale", type=number(float, above=0), default=0.3, help="1 imitates, smaller goes further past")
-    flag("--epochs", type=number(int, 1), default=2, help="passes over the pairs of a chunk")
-    flag("--steps-per-chunk", type=number(int, 1), help="instead of --epochs")
-    flag = (rft := parser.add_argument_group("--method rft")).add_argument
-    # the reward
-    flag("--rounds", type=number(int, 0), default=1, help="each: sample, reward steps, policy steps")
-    flag("--reward-model", help="what the reward starts from, default: --model; with the same tokenizer")
-    flag("--reward-loss", choices=[*REWARD_LOSSES], default="logistic", help="linear: needs a penalty")
-    flag("--reward-steps", type=number(int, 1), default=64, help="of a round; later ones go on from it")
-    flag("--reward-lr", type=number(float, above=0), default=1e-3, help="peak learning rate of the reward")
-    flag("--reward-penalty", type=number(float, 0), default=0.01, help="times r^2, added to its loss")
-    flag("--reward-pairs", choices=["last", "all"], default="last", help="of this round or all so far")
-    flag("--freeze-layers", type=number(float, 0), default=0.0, help="share, the first, of the reward")
-    flag("--preferences", help="file or Hub name, chosen/rejected: joins the fit of the reward")
-    flag("--preference-weight", type=number(float, 0), default=0.5, help="of their loss; pairs have 1")
-    # the policy
-    flag("--kl", type=number(float, 0), default=0.1, help="to the start policy; 1 imitates, less goes past")
-    flag("--policy-steps", type=number(int, 1), default=24, help="in a round, each on fresh samples")
-    flag("--policy-lr", type=number(float, above=0), default=1e-3, help="peak learning rate of these")
-    flag("--policy-batch", type=number(int, 1), default=64, help="prompts per policy step")
-    flag("--group-size", type=number(int, 1), default=4, help="samples per prompt, at least 2")
-    flag("--ppo-epochs", type=number(int, 1), default=1, help="steps on the same samples; > 1: clipped")
-    flag("--clip-ratio", type=number(float, above=0), default=0.2, help="PPO's epsilon")
-    return complete(parser.parse_args(argv), parser, {"irft": irft, "rft": rft})
+    flag("--lr", type=float, default=2e-4, help="peak, of IRFT and SFT; official for 7B: 5e-7")
+    flag("--warmup", type=int, default=0, help="steps in which lr rises; then it falls to 0")
+    flag("--batch", type=int, default=32, help="pairs per step")
+    flag("--micro-batch", type=int, default=4096, help="tokens per forward pass: saves memory")
+    flag("--checkpoint-activations", action="store_true", help="saves memory, a third slower")
+    flag("--clip", type=float, default=1.0, help="largest gradient norm; smaller: more careful")
+    flag("--lora-rank", type=int, help="train so many directions per matrix; official: 64")
+    flag("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto", help="where to run")
+    flag("--sample-batch", type=int, default=256, help="responses sampled at a time")
+    flag("--seed", type=int, default=0, help="of the samples and of the order of pairs")
+    flag("--out", help="folder of the results; if not given, the next free runs/irft-METHOD-N")
+    flag("--resume", metavar="DIR", help="continue that run; only --rounds may be raised")
+    irft = parser.add_argument_group("--method irft")
+    flag = irft.add_argument
+    flag("--chunks", type=int, default=1, help="parts of the data, one after the other; 1: SPIN")
+    flag("--loss", choices=[*LOSSES], default="spin", help="linear: the paper's raw gradient")
+    flag("--scale", type=float, default=0.3, help="1 imitates, smaller goes further past")
+    flag("--epochs", type=int, default=2, help="passes over a chunk's pairs; many overfit")
+    rft = parser.add_argument_group("--method rft")
+    flag = rft.add_argument
+    flag("--rounds", type=int, default=1, help="each samples afresh; at kl < 1 they swing")
+    flag("--reward-model", help="what the reward starts from, if not --model; same tokenizer")
+    flag("--reward-loss", choices=[*REWARD_LOSSES], default="logistic", help="see there")
+    flag("--reward-steps", type=int, default=64, help="few: a vague reward, many: it overfits")
+    flag("--reward-lr", type=float, default=1e-3, help="peak learning rate of the reward")
+    flag("--reward-penalty", type=float, default=0.01, help="times r^2; much: a flat reward")
+    flag("--reward-pairs", choices=["last", "all"], default="last", help="all: of all rounds")
+    flag("--preferences", help="chosen/rejected rows, which join the fit of the reward")
+    flag("--preference-weight", type=float, default=0.5, help="of their loss; pairs have 1")
+    flag("--kl", type=float, default=0.1, help="large: stays at the start; small: runs away")
+    flag("--policy-steps", type=int, default=24, help="each on fresh samples; many: runs away")
+    flag("--policy-lr", type=float, default=1e-3, help="peak learning rate of these steps")
+    flag("--policy-batch", type=int, default=64, help="prompts per policy step; few: noisy")
+    flag("--group-size", type=int, default=4, help="samples per prompt, compared; few: noisy")
+    flag("--ppo-epochs", type=int, default=1, help="steps per sample; above 1 with clipping")
+    args = parser.parse_args(argv)
+    if args.resume:
+        return saved_args(args, parser)
+    if args.data == parser.get_default("data"):  # the toy's problems belong to its demonstrations
+        args.dev = args.dev or f"{TOY}/dev.jsonl"
+        args.heldout = args.heldout or f"{TOY}/heldout.jsonl"
+    for method, group in (("irft", irft), ("rft", rft)):
+        for action in group._group_actions:
+            if method != args.method and getattr(args, action.dest) != action.default:
+                parser.error(f"{action.option_strings[0]} belongs to --method {method}")
+    for name, value in vars(args).items():
+        zero = name in ("temperature", "warmup", "seed", "rounds", "kl", "checkpoint_activations")
+        zero = zero or name in ("reward_penalty", "preference_weight")
+        if isinstance(value, (int, float)) and not (0 < value < math.inf or (zero and value == 0)):
+            parser.error(f"--{name.replace('_', '-')} {value}: must be above 0" + ", or 0" * zero)
+    if args.reward_loss == "linear" and not args.reward_penalty:
+        parser.error("--reward-loss linear falls for ever without a --reward-penalty above 0")
+    if args.group_size < 2:
+        parser.error("--group-size 1: samples of a prompt are compared, so it takes at least 2")
+    n = 1
+    while not args.out and Path(f"runs/irft-{args.method}-{n}").exists():
+        n += 1
+    args.out = args.out or f"runs/irft-{args.method}-{n}"
+    return args
 
 
-# ---- 1. Sample: what would the model answer itself? --------------------------------------------------------
+# ---- 1. Sample: what would the model answer itself? ----------------------------------------------
+
 
 @torch.no_grad()
-def sample(model, prompts, eos_ids, max_new_tokens, temperature, batch, seed):
-    """Responses y ~ pi(.|x), the model's plain softmax: a top-k, top-p or penalty it ships is not used.
+def sample(model, prompts, eos_ids, max_new_tokens, temperature, batch_size, seed):
+    """One response y ~ pi(.|x) per prompt, from the plain softmax: no top-k, no top-p, no penalty.
 
-    prompts: lists of token ids. Returns such lists in the same order; a response ends in one of eos_ids if
-    and only if that was sampled, else it has max_new_tokens ids. temperature 0 is greedy. seed: any string.
+    prompts: lists of token ids; so are the responses, in the same order. A response ends in one of
+    eos_ids if and only if that was sampled, else it has max_new_tokens ids. Temperature 0: greedy.
     """
     responses = [[] for _ in prompts]
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))          # similar lengths together
-    for n, rows in enumerate(tqdm(chunks(order, batch), desc="sampling", leave=False, disable=None)):
-        generator = torch.Generator(model.device).manual_seed(random.Random(f"{seed} {n}").getrandbits(60))
-        ids, mask = collate([([], prompts[i]) for i in rows], model.device, "left")             # (B, P) each
-        cache = None                                                            # keys and values so far
-        for _ in range(max_new_tokens):
-            positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1]:]    # as ids; pads do not count
-            with autocast(model):
-                out = model(input_ids=ids, attention_mask=mask, position_ids=positions,
-                            past_key_values=cache, use_cache=True, logits_to_keep=1)
-            cache, logits = out.past_key_values, no_nan(out.logits[:, -1].float())      # (B, V)
-            tokens = logits.argmax(-1) if temperature == 0 else torch.multinomial(
-                (logits / temperature).softmax(-1), 1, generator=generator)[:, 0]               # (B,)
-            for i, token in zip(rows, tokens.tolist()):
-                responses[i].append(token)
-            alive = [k for k, i in enumerate(rows) if responses[i][-1] not in eos_ids]
-            if not alive:
-                break
-            if len(alive) < len(rows):                                          # finished rows cost no more
-                keep = torch.tensor(alive, device=model.device)
-                cache.batch_select_indices(keep)
-                rows, tokens, mask = [rows[k] for k in alive], tokens[keep], mask[keep]
-            ids = tokens[:, None]                                               # (B, 1): the cache has more
-            mask = F.pad(mask, (0, 1), value=True)                              # (B, P + tokens so far)
+    rank, world = ranks()
+    parts = batches([len(prompt) for prompt in prompts], batch_size)
+    for n, rows in enumerate(tqdm(parts, "sampling", leave=False, disable=None)):
+        stream = random.Random(f"{seed} {n * world + rank}").getrandbits(60)
+        generator = torch.Generator(model.device).manual_seed(stream)
+        ids = pad([prompts[i] for i in rows], "left", model.device)  # (B, P)
+        mask = pad([[1] * len(prompts[i]) for i in rows], "left", model.device)  # (B, P)
+        cache = None
+        with autocast(model):  # around the loop, or weights would be cast anew for each token
+            for _ in range(max_new_tokens):
+                positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]  # of non-pads
+                inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+                out = model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
+                cache = out.past_key_values
+                logits = out.logits[:, -1].float()  # (B, V)
+                if logits.isnan().any():  # their argmax would be taken for a response
+                    die("the model's logits are NaN: its weights are broken; lower --lr")
+                if temperature == 0:
+                    tokens = logits.argmax(-1)  # (B,)
+                else:
+                    shares = (logits / temperature).softmax(-1)
+                    tokens = torch.multinomial(shares, 1, generator=generator)[:, 0]  # (B,)
+                for i, token in zip(rows, tokens.tolist()):
+                    responses[i].append(token)
+                alive = [k for k, i in enumerate(rows) if responses[i][-1] not in eos_ids]
+                if not alive:
+                    break
+                if len(alive) < len(rows):  # finished rows leave the batch: they cost no more
+                    rows = [rows[k] for k in alive]
+                    keep = torch.tensor(alive, device=model.device)
+                    cache.reorder_cache(keep)  # of keys and values, or of any other state
+                    tokens, mask = tokens[keep], mask[keep]
+                ids = tokens[:, None]  # (B, 1): all before is in the cache
+                mask = F.pad(mask, (0, 1), value=1)  # (B, P + tokens so far)
     return responses
 
 
-# ---- 2. Log-probs: how likely does a model find a response? ------------------------------------------------
+# ---- 2. Log-probabilities: how likely does a model find a response? ------------------------------
 
-def response_logps(model, pairs):
-    """log pi(y|x) in nats, summed over the response's tokens: [(prompt ids, response ids)] -> (B,) float32.
 
-    Padding is on the right and attention is causal: no token sees the pads behind it, no mask is needed.
+def response_logps(model, texts):
+    """log pi(y|x) in nats, summed over y's tokens: [(prompt ids, response ids)] -> (B,) float32.
+
+    Padding is on the right, attention is causal: no token sees the pads behind it, so no mask.
     """
-    ids, mask = collate(pairs, model.device)                            # (B, T), mask is True at responses
-    width = ids.shape[1] - min(len(prompt) for prompt, _ in pairs)      # R: only there are responses,
-    with autocast(model):                                               # so lm_head runs only there
-        logits = model(input_ids=ids, use_cache=False, logits_to_keep=width + 1).logits[:, :-1]    # (B, R, V)
-    ids, mask = ids[:, -width:], mask[:, -width:]                       # (B, R): logits predict the next id
-    logps = -F.cross_entropy(logits.float().flatten(0, 1), ids.flatten(), reduction="none").view_as(ids)
-    return torch.where(mask, logps, 0.0).sum(-1)                        # (B,)
+    ids = pad([prompt + response for prompt, response in texts], "right", model.device)  # (B, T)
+    mask = pad([[0] * len(x) + [1] * len(y) for x, y in texts], "right", model.device)  # (B, T)
+    width = ids.shape[1] - min(len(prompt) for prompt, _ in texts)  # R: the last R columns hold all
+    with autocast(model):  # responses, so lm_head runs only there
+        out = model(input_ids=ids, use_cache=False, logits_to_keep=width + 1)
+    logits = out.logits[:, :-1].float().transpose(1, 2)  # (B, V, R), which predict
+    ids, mask = ids[:, -width:], mask[:, -width:]  # (B, R)
+    logps = -F.cross_entropy(logits, ids, reduction="none")  # (B, R)
+    return torch.where(mask == 1, logps, 0.0).sum(1)
 
 
-# ---- 3. IRFT: an implicit reward, scale * log pi/pi_ref ----------------------------------------------------
+@torch.no_grad()
+def score(model, texts, max_tokens, measure=response_logps):
+    """measure(model, texts) in batches, without gradient: floats in the order of texts."""
+    values = [0.0] * len(texts)
+    parts = batches([len(x) + len(y) for x, y in texts], max_tokens=max_tokens)
+    for rows in tqdm(parts, "scoring", leave=False, disable=None):
+        for i, value in zip(rows, measure(model, [texts[i] for i in rows]).tolist()):
+            values[i] = value
+    return values
 
-H_MAX = 5.0     # at the optimum p/pi_ref = e^5 = 148: responses that clear are told apart, and done with
 
-# (h_real, h_generated) -> loss per pair, all (B,); h = scale * d, d = log pi/pi_ref of a response.
+# ---- 3. IRFT: an implicit reward, scale * log pi/pi_ref ------------------------------------------
+
+H_MAX = 5.0  # at the optimum p/pi_ref = e^5 = 148: told apart so clearly, a response is done with
+
+# name -> (h of demonstrations, h of generated responses) -> loss, (B,) each; h = scale * d
 LOSSES = {
-    # -log s(h+ - h-)   optimum log p/pi_ref + any constant of the prompt; this is SPIN, arXiv 2401.01335
-    "spin": lambda h_real, h_generated: -F.logsigmoid(h_real - h_generated),
+    # -log s(h+ - h-)   optimum log p/pi_ref + constant of x; SPIN, arXiv 2401.01335
+    "spin": lambda real, generated: -F.logsigmoid(real - generated),
     # -(h+ - h-)        the raw gradient; held beyond H_MAX, else it would fall for ever
-    "linear": lambda h_real, h_generated: -h_real.clamp(max=H_MAX) + h_generated.clamp(min=-H_MAX),
+    "linear": lambda real, generated: -real.clamp(max=H_MAX) + generated.clamp(min=-H_MAX),
 }
 
 
-def self_play(policy, run, demos, seed):
-    """The pairs of a round: each demonstration beside fresh responses of the policy; log pi_t of both."""
-    pairs = [dict(demo) for demo in demos for _ in range(run.samples_per_prompt)]
-    responses = respond(policy, [pair["prompt_ids"] for pair in pairs], run, run.temperature, seed)
-    for pair, ids in zip(pairs, responses):                                 # y- ~ pi_t(.|x)
-        pair |= {"generated": run.tokenizer.decode(ids), "generated_ids": ids}
-    for side in ("real", "generated"):      # the reference: once, by the policy itself, without gradient
-        for pair, logp in zip(pairs, score(response_logps, policy, texts_of(pairs, side), run)):
-            pair[f"{side}_reference"] = logp
-    return pairs
+def irft_loss(model, pairs, loss, scale):
+    """Losses of pairs, (B,), and metrics of each, {name: (B,)}."""
+    real = [(pair["prompt_ids"], pair["real_ids"]) for pair in pairs]
+    generated = [(pair["prompt_ids"], pair["generated_ids"]) for pair in pairs]
+    logps = response_logps(model, real + generated)  # (2B,): one forward pass for both
+    logps_real, logps_generated = logps.chunk(2)  # (B,) each
+    d_real = logps_real - logps.new_tensor([pair["real_reference"] for pair in pairs])
+    d_generated = logps_generated - logps.new_tensor([pair["generated_reference"] for pair in pairs])
+    told_apart = (d_real > d_generated) + (d_real == d_generated) / 2  # ties count half
+    metrics = {"log_ratio_real": d_real, "log_ratio_generated": d_generated, "told_apart": told_apart}
+    return LOSSES[loss](scale * d_real, scale * d_generated), metrics
 
 
-def pair_losses(model, pairs, loss, scale, shift):
-    """Losses and log-ratios d of real and of generated responses, (B,) each; sft: -log pi, log pi, empty."""
-    sides = ("real",) if loss == "sft" else ("real", "generated")
-    logps = response_logps(model, sum((texts_of(pairs, side) for side in sides), []))      # (2B,); sft: (B,)
-    if loss == "sft":
-        return -logps, logps, logps[:0]
-    reference = [pair[f"{side}_reference"] for side in sides for pair in pairs]            # (2B,), as logps
-    d_real, d_generated = (logps - torch.tensor(reference, device=model.device)).chunk(2)          # (B,) each
-    return LOSSES[loss](scale * d_real + shift, scale * d_generated + shift), d_real, d_generated
+def sft_loss(model, demos, mean_length):
+    """Cross-entropy, (B,), over the demonstrations' mean length: on average one per token."""
+    logps = response_logps(model, [(demo["prompt_ids"], demo["real_ids"]) for demo in demos])
+    return -logps / mean_length, {}
 
 
-def train_round(model, pairs, loss, epochs, args, name, seed):
-    """Train the policy in place, every pair once an epoch; yields metrics every 16 steps and each epoch."""
-    model.eval()                            # no dropout: log-ratios must be 0 before the first step
-    shard(model)
-    recompute(model, args)
-    learned = args.shift == "learn"
-    shift = torch.tensor(0.0 if learned else args.shift, device=model.device, requires_grad=learned)
-    groups = [{"params": list(model.parameters())}, {"params": [shift], "lr": args.shift_lr}]
-    per_epoch, step, seconds = math.ceil(len(pairs) / args.batch), 0, 0.0
-    steps = round(epochs * per_epoch)
+# ---- 4. Train: one optimizer step, one loop ------------------------------------------------------
+
+
+def update(model, optimizer, batch, loss_of, args):
+    """One optimizer step on the mean loss of a batch; returns mean metrics of the batch, floats.
+
+    loss_of(model, rows) -> losses (B,), {name: (B,)}. The batch goes through the model in parts of
+    similar length, --micro-batch tokens each, whose gradients add up to that of the whole mean.
+    """
+    sums = {}
+    for part, count in micro_batches(batch, args.micro_batch):
+        losses, metrics = loss_of(model, part)
+        (losses[:count].sum() * ranks()[1] / len(batch)).backward()  # the ranks' mean is taken later
+        for name, values in ({"loss": losses} | metrics).items():
+            sums[name] = sums.get(name, 0.0) + values[:count].sum().item()
+    everywhere = gather(sums)
+    means = {name: sum(part[name] for part in everywhere) / len(batch) for name in sums}
+    means["grad_norm"] = clip_gradients(optimizer, args.clip)
+    if not math.isfinite(means["loss"] + means["grad_norm"]):  # before a step that would ruin all
+        found = f"loss {means['loss']}, gradient norm {means['grad_norm']}"
+        die(f"{found}: start anew with a lower learning rate or a larger scale")
+    optimizer.step()
+    optimizer.zero_grad()
+    return means
+
+
+def train(model, rows, loss_of, epochs, args, seed, shift=None, first_loss=None):
+    """Train in place, every row once an epoch; yields the metrics of each step.
+
+    shift: trained as well if it requires a gradient. first_loss: what the first loss must be, where
+    policy and reference are one model; if it is not, one of them is wrong, and the run stops.
+    """
+    model.eval()  # no dropout, or the first log-ratios would not be 0
+    prepare(model, args)
+    groups = [{"params": [weight for weight in model.parameters() if weight.requires_grad]}]
+    if shift is not None and shift.requires_grad:
+        # Its first gradient is 0 but for rounding, of which Adam's usual eps makes a whole step.
+        groups.append({"params": [shift], "lr": args.shift_lr, "eps": 1e-4})
+    steps = epochs * math.ceil(len(rows) / args.batch)
     optimizer, schedule = make_optimizer(groups, args.lr, steps, args)
-    for epoch in range(1, math.ceil(epochs) + 1):
-        order = random.Random(f"{seed} {epoch}").sample(pairs, len(pairs))
-        for batch in chunks(order, args.batch)[:steps - step]:          # IRFT may end within an epoch
-            total, real, generated, began = 0.0, [], [], time.time()
-            # the loss is a mean over pairs; for sft over tokens, as cross-entropy usually is
-            weight = sum(len(pair["real_ids"]) for pair in batch) if loss == "sft" else len(batch)
-            for part, count in micro_batches(batch, args.micro_batch):
-                losses, d_real, d_generated = pair_losses(model, part, loss, args.scale, shift)
-                mean = losses[:count].sum() / weight                # parts add up to the mean of the batch
-                (mean * ranks()[1]).backward()                      # and gradients become means over ranks
-                total += mean.item()
-                real, generated = real + d_real[:count].tolist(), generated + d_generated[:count].tolist()
-            total, real, generated = added_up(total, real, generated)
-            norm = clip_gradients(model, args.clip, shift)
-            check_step(model, batch, name, step, total, norm, loss, args.scale, shift.detach())
-            optimizer.step()                # after the check: a bad step cannot be undone
-            optimizer.zero_grad()
-            step, seconds = step + 1, seconds + time.time() - began
-            if step % 16 == 0 or step % per_epoch == 0 or step == steps:
-                pairwise = {} if loss == "sft" else {"generated": fmean(generated), "shift": shift.item(),
-                                                     "accuracy": fmean(map(float.__gt__, real, generated))}
-                yield {"phase": name, "step": step, "steps": steps, "epoch": step / per_epoch,
-                       "loss": total, "real": fmean(real), **pairwise, "grad_norm": norm,
-                       "lr": schedule.get_last_lr()[0], "seconds": seconds}
-                seconds = 0.0
+    step = 0
+    for epoch in range(1, epochs + 1):
+        order = random.Random(f"{seed} {epoch}").sample(rows, len(rows))
+        for start in range(0, len(order), args.batch):
+            began = time.time()
+            metrics = update(model, optimizer, order[start : start + args.batch], loss_of, args)
+            step += 1
+            tolerance = (0.1 if model.device.type == "cuda" else 0.01) * max(1, abs(first_loss or 0))
+            if step == 1 and first_loss is not None and abs(metrics["loss"] - first_loss) > tolerance:
+                die(f"policy and reference disagree: first loss {metrics['loss']:.4f}, not {first_loss:.4f}")
+            place = {"step": step, "steps": steps, "epoch": step * epochs / steps}
+            yield place | metrics | {"lr": schedule.get_last_lr()[0], "seconds": time.time() - began}
             schedule.step()
 
 
-# ---- 4. RFT: an explicit reward ----------------------------------------------------------------------------
+# ---- 5. RFT: an explicit reward ------------------------------------------------------------------
 
-def reward(model, pairs):
-    """r(x, y) at the response's last token: [(prompt ids, response ids)] -> (B,) float32, for fit and use.
+
+def reward(model, texts):
+    """r(x, y) at the response's last token: [(prompt ids, response ids)] -> (B,) float32.
 
     Padding is on the right and attention is causal, as in response_logps: the pads change nothing.
     """
-    ids, _ = collate(pairs, model.device)                                               # (B, T)
-    last = torch.tensor([len(prompt) + len(response) - 1 for prompt, response in pairs], device=model.device)
+    ids = pad([prompt + response for prompt, response in texts], "right", model.device)  # (B, T)
+    last = torch.tensor([len(x) + len(y) - 1 for x, y in texts], device=model.device)  # (B,)
     with autocast(model):
-        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state     # (B, T, H)
-    hidden = hidden[torch.arange(len(pairs), device=model.device), last]                # (B, H)
-    return F.linear(hidden.float(), model.score.weight)[:, 0]                           # (B,)
+        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # (B, T, H)
+    hidden = hidden[torch.arange(len(texts), device=model.device), last]  # (B, H)
+    return F.linear(hidden.float(), model.score.weight)[:, 0]  # (B,)
 
 
-# (r_real, r_generated) -> loss per pair, all (B,). Their gradients differ by a factor s(r- - r+) per pair.
+# name -> (r of demonstrations, r of generated responses) -> loss, (B,) each
 REWARD_LOSSES = {
-    # -log s(r+ - r-)   optimum log p/pi_t + any constant of the prompt; reward learning as with preferences
-    "logistic": lambda r_real, r_generated: -F.logsigmoid(r_real - r_generated),
-    # -(r+ - r-)        the paper's gradient; it falls for ever unless --reward-penalty holds it
-    "linear": lambda r_real, r_generated: -(r_real - r_generated),
+    # -log s(r+ - r-)   optimum log p/pi_t + constant of x; as reward models are fitted to preferences
+    "logistic": lambda real, generated: -F.logsigmoid(real - generated),
+    # -(r+ - r-)        the paper's raw gradient; falls for ever unless --reward-penalty holds it
+    "linear": lambda real, generated: -(real - generated),
 }
 
 
-def fit_reward(model, pairs, preferences, args, name, seed):
-    """--reward-steps steps of the reward model: real above generated, chosen above rejected; yields metrics.
+def reward_loss(model, pairs, loss, penalty):
+    """Losses of pairs, (B,), times their weight, and metrics of each, {name: (B,)}."""
+    real = [(pair["prompt_ids"], pair["real_ids"]) for pair in pairs]
+    generated = [(pair["prompt_ids"], pair["generated_ids"]) for pair in pairs]
+    r_real, r_generated = reward(model, real + generated).chunk(2)  # (B,) each
+    losses = REWARD_LOSSES[loss](r_real, r_generated) + penalty * (r_real**2 + r_generated**2)
+    margin = r_real - r_generated
+    told_apart = (margin > 0) + (margin == 0) / 2  # ties count half
+    weights = losses.new_tensor([pair["weight"] for pair in pairs])
+    return weights * losses, {"margin": margin, "told_apart": told_apart}
 
-    pairs: dicts as self_play makes them; preferences: such dicts (real is chosen, generated is rejected), may
-    be empty. Both losses are means over a batch; --preference-weight multiplies the second.
+
+def fit_reward(model, pairs, preferences, args, seed):
+    """Fit the reward in place: demonstrations above samples, chosen above rejected; yields metrics.
+
+    pairs: as self_play makes them, and so are preferences, which may be none. Each step draws a
+    batch of both; its loss is the mean over pairs + --preference-weight * the mean over preferences.
     """
-    rng, seconds = random.Random(seed), 0.0
-    recompute(model, args)
-    optimizer, schedule = make_optimizer(model.parameters(), args.reward_lr, args.reward_steps, args)
+    prepare(model, args, sharded=False)
+    loss_of = partial(reward_loss, loss=args.reward_loss, penalty=args.reward_penalty)
+    groups = [{"params": list(model.parameters())}]
+    optimizer, schedule = make_optimizer(groups, args.reward_lr, args.reward_steps, args)
+    rng = random.Random(seed)
     for step in range(1, args.reward_steps + 1):
-        total, margins, began = 0.0, [], time.time()
-        for source, weight in (pairs, 1.0), (preferences, args.preference_weight):
-            batch = rng.sample(source, min(args.batch, len(source)))        # drawn anew, not by epochs
-            for part, count in micro_batches(batch, args.micro_batch) if batch else ():
-                texts = texts_of(part, "real") + texts_of(part, "generated")                # 2B of them
-                r_real, r_generated = reward(model, texts).chunk(2)                         # (B,) each
-                losses = REWARD_LOSSES[args.reward_loss](r_real, r_generated)
-                losses = losses + args.reward_penalty * (r_real ** 2 + r_generated ** 2)
-                loss = weight * losses[:count].sum() / len(batch)
-                (loss * ranks()[1]).backward()
-                total += loss.item()
-                margins += (r_real - r_generated)[:count].tolist() if source is pairs else []
-        total, margins = added_up(total, margins)
-        norm = clip_gradients(model, args.clip)
-        check_finite(f"{name}, reward step {step}", total, norm, "lower --reward-lr")
-        optimizer.step()
-        optimizer.zero_grad()
-        seconds += time.time() - began
-        if step % 16 == 0 or step == args.reward_steps:
-            yield {"phase": name, "reward_step": step, "steps": args.reward_steps, "loss": total,
-                   "margin": fmean(margins), "accuracy": fmean(margin > 0 for margin in margins),
-                   "grad_norm": norm, "seconds": seconds}
-            seconds = 0.0
+        began = time.time()
+        some = rng.sample(pairs, min(args.batch, len(pairs)))
+        others = rng.sample(preferences, min(args.batch, len(preferences)))
+        n = len(some) + len(others)  # update takes one mean over all n
+        batch = [pair | {"weight": n / len(some)} for pair in some]
+        batch += [pair | {"weight": args.preference_weight * n / len(others)} for pair in others]
+        metrics = update(model, optimizer, batch, loss_of, args)
+        yield {"step": step, "steps": args.reward_steps} | metrics | {"seconds": time.time() - began}
         schedule.step()
+
+
+def judge(policy, reference, reward_model, prompts, responses, args):
+    """Sampled responses -> rows of a batch, with reward, kl = log pi/pi_ref, objective = r - --kl kl."""
+    texts = [*zip(prompts, responses)]
+    scored = partial(spread, texts)  # every rank scores a share
+    rewards = scored(partial(score, reward_model, max_tokens=args.micro_batch, measure=reward))
+    logps = scored(partial(score, policy, max_tokens=args.micro_batch))
+    start_logps = scored(partial(score, reference, max_tokens=args.micro_batch))
+    rows = []
+    for (prompt, response), r, logp, start in zip(texts, rewards, logps, start_logps):
+        row = {"prompt_ids": prompt, "generated_ids": response, "logp": logp, "reward": r}
+        rows.append(row | {"kl": logp - start, "objective": r - args.kl * (logp - start)})
+    return rows
 
 
 def advantages(rewards):
-    """(prompts, samples) -> the same: each reward minus the mean of its prompt's others. Not normalised.
+    """(prompts, samples) -> the same: each reward minus the mean of its prompt's others. Float32.
 
-    The others do not depend on this sample, so the gradient stays unbiased; rows sum to zero. Float32 or 64.
+    The others do not depend on this sample, so the gradient stays unbiased; rows sum to zero.
     """
-    others = (rewards.sum(1, keepdim=True) - rewards) / (rewards.shape[1] - 1)          # (P, S)
-    return (rewards - others).detach()
+    others = (rewards.sum(1, keepdim=True) - rewards) / (rewards.shape[1] - 1)  # (P, S)
+    return rewards - others
 
 
-def policy_losses(logps, old_logps, gains, clip):
-    """PPO's clipped objective of whole responses, its negative: (B,) each -> (B,); gains are advantages.
+CLIP_RATIO = 0.2  # PPO's epsilon
 
-    At the first step on a batch the ratio is 1 and the gradient is REINFORCE's, -gain * grad log pi.
+
+def policy_loss(policy, rows):
+    """PPO's clipped objective of whole responses, its negative, (B,), and metrics, {name: (B,)}.
+
+    At the first step on a batch the ratio is 1: REINFORCE's gradient, -advantage * grad log pi.
     """
-    ratio = (logps - old_logps.detach()).exp()
-    gains = gains.detach()
-    return -torch.min(ratio * gains, ratio.clamp(1 - clip, 1 + clip) * gains)
+    logps = response_logps(policy, [(row["prompt_ids"], row["generated_ids"]) for row in rows])  # (B,)
+    ratio = (logps - logps.new_tensor([row["logp"] for row in rows])).exp()
+    gain = logps.new_tensor([row["advantage"] for row in rows])
+    losses = -torch.min(ratio * gain, ratio.clamp(1 - CLIP_RATIO, 1 + CLIP_RATIO) * gain)
+    return losses, {name: logps.new_tensor([row[name] for row in rows]) for name in SAMPLED}
 
 
-def judge(policy, start_policy, reward_model, texts, run):
-    """r, d = log pi/pi_ref, r - kl d and log pi of responses: (B,) each, on the CPU, without gradient."""
-    models = (reward, reward_model), (response_logps, policy), (response_logps, start_policy)
-    r, logps, start_logps = (torch.tensor(score(*model, texts, run)) for model in models)
-    d = logps - start_logps
-    return r, d, r - run.kl * d, logps
+SAMPLED = ("reward", "kl", "objective", "length")  # metrics of sampled responses
 
 
-def measures(r, d, objective, responses, run):
-    """Means over fresh samples: objective, reward, KL in nats, length, its correlation with r, EOS share."""
-    length = torch.tensor([float(len(response)) for response in responses])
-    return {"objective": objective.mean().item(), "reward": r.mean().item(), "kl": d.mean().item(),
-            "length": length.mean().item(),
-            "reward_length": torch.corrcoef(torch.stack([r, length]))[0, 1].nan_to_num().item(),
-            "eos": fmean(response[-1] in run.eos_ids for response in responses)}
+def improve_policy(policy, reference, reward_model, demos, respond, args, seed):
+    """Policy steps on E[reward - kl * log pi/pi_ref] over fresh samples, in place; yields metrics.
 
-
-def report(policy, start_policy, reward_model, run, name, seed, when):
-    """Dev demonstrations against fresh samples: does the reward tell them apart, how far are we?"""
-    problems = (run.dev or run.demos)[:500]                 # enough for two digits
-    prompts = [problem["prompt_ids"] for problem in problems]
-    responses = respond(policy, prompts, run, 1.0, f"{seed} {when}")
-    r, d, objective, _ = judge(policy, start_policy, reward_model, list(zip(prompts, responses)), run)
-    margins = torch.tensor(score(reward, reward_model, texts_of(problems, "real"), run)) - r
-    return {"phase": name, "dev_margin": margins.mean().item(),
-            "dev_reward_accuracy": (margins > 0).float().mean().item(),
-            **measures(r, d, objective, responses, run), "when": f"{when} the policy steps"}
-
-
-def reward_warnings(before, after):
-    """What two reports, before and after the policy steps, show that a person should know: sentences."""
-    found = []
-    if after["kl"] > 0.5 * after["length"] or after["objective"] < before["objective"]:
-        found.append("the policy runs away from its start and gains nothing: raise --kl, lower --policy-lr")
-    if abs(before["reward_length"]) > 0.95:
-        found.append("the reward is nearly a function of length: is that what makes demonstrations better?")
-    return found
-
-
-def improve_policy(policy, start_policy, reward_model, run, name, seed):
-    """--policy-steps steps on E[r - kl d] over fresh samples, in place; yields metrics.
-
-    B = --policy-batch prompts (P) times --group-size samples of each (S). Under torchrun every rank keeps
-    whole copies of all models here: to shard what is sampled from at every step would not pay.
+    A step takes P = --policy-batch prompts, S = --group-size samples of each. Under torchrun every
+    rank keeps whole models here: to shard what is sampled from at every step would not pay.
     """
-    rank, world = ranks()
-    recompute(policy, run)
-    rng, seconds = random.Random(seed), 0.0
-    optimizer, schedule = make_optimizer(policy.parameters(), run.policy_lr, run.policy_steps, run)
-    for step in range(1, run.policy_steps + 1):
-        began, chosen = time.time(), rng.sample(run.demos, min(run.policy_batch, len(run.demos)))
-        prompts = [demo["prompt_ids"] for demo in chosen for _ in range(run.group_size)]    # B of them
-        responses = respond(policy, prompts, run, 1.0, f"{seed} {step}")
-        texts = list(zip(prompts, responses))
-        r, d, objective, old_logps = judge(policy, start_policy, reward_model, texts, run)  # (B,) each
-        gains = advantages(objective.view(-1, run.group_size)).flatten()        # (B,) -> (P, S) -> (B,)
-        for _ in range(run.ppo_epochs):     # once: REINFORCE; more: the policy leaves its samples behind,
-            total = 0.0                     # so their ratio matters, and its clipping
-            for rows in chunks(range(rank, len(texts), world), run.micro_batch or len(texts)):
-                logps = response_logps(policy, [texts[i] for i in rows])
-                old, gain = (values[list(rows)].to(policy.device) for values in (old_logps, gains))
-                loss = policy_losses(logps, old, gain, run.clip_ratio).sum() / len(texts)
-                (loss * world).backward()
-                total += loss.item()
-            total, norm = added_up(total)[0], clip_gradients(policy, run.clip)
-            check_finite(f"{name}, policy step {step}", total, norm, "lower --policy-lr")
-            optimizer.step()
-            optimizer.zero_grad()
+    prepare(policy, args, sharded=False)
+    groups = [{"params": [weight for weight in policy.parameters() if weight.requires_grad]}]
+    optimizer, schedule = make_optimizer(groups, args.policy_lr, args.policy_steps, args)
+    rng = random.Random(seed)
+    for step in range(1, args.policy_steps + 1):
+        began = time.time()
+        chosen = rng.sample(demos, min(args.policy_batch, len(demos)))
+        prompts = [demo["prompt_ids"] for demo in chosen for _ in range(args.group_size)]  # P * S
+        how = {"temperature": 1.0, "seed": f"{seed} {step}"}
+        responses = spread(prompts, partial(respond, policy, **how))
+        rows = judge(policy, reference, reward_model, prompts, responses, args)
+        objective = torch.tensor([row["objective"] for row in rows]).view(-1, args.group_size)  # (P, S)
+        for row, gain in zip(rows, advantages(objective).flatten().tolist()):
+            row["advantage"] = gain
+            row["length"] = float(len(row["generated_ids"]))
+        for _ in range(args.ppo_epochs):  # from the second on the policy has left its samples behind
+            metrics = update(policy, optimizer, rows, policy_loss, args)
+        metrics["policy_loss"] = metrics.pop("loss")  # 0 at first, as advantages are: nothing to watch
+        place = {"step": step, "steps": args.policy_steps}
+        yield place | metrics | {"seconds": time.time() - began}
         schedule.step()
-        seconds += time.time() - began
-        if step % 8 == 0 or step == run.policy_steps:
-            yield {"phase": name, "policy_step": step, "steps": run.policy_steps,
-                   **measures(r, d, objective, responses, run), "grad_norm": norm, "seconds": seconds}
-            seconds = 0.0
 
 
-def rft_round(policy, run, pairs, t, seed):
-    """Algorithm 1, one round: reward learns from pairs, policy from the reward; yields metrics."""
-    name, past = f"rft {t}", run.out / f"round_{t - 1}"
-    reward_model, tokenizer = load_reward(past / "reward" if t > 1 else run.reward_model or run.model, run)
-    start_policy = load_model(run.model, run.device, run.trust_remote_code)    # frozen: the third model
-    # Only generated.jsonl knows the pairs of past rounds: a resumed run was not there when they were made.
-    if run.reward_pairs == "all":
-        pairs = sum((read(run.out / f"round_{k}" / "generated.jsonl") for k in range(1, t)), pairs)
-    yield from fit_reward(reward_model, pairs, run.preferences, run, name, seed)
-    yield (before := report(policy, start_policy, reward_model, run, name, seed, "before"))
-    yield from improve_policy(policy, start_policy, reward_model, run, name, seed)
-    yield (after := report(policy, start_policy, reward_model, run, name, seed, "after"))
-    for sentence in reward_warnings(before, after):
-        print(f"warning, {name}: {sentence}")
-    save_model(reward_model, tokenizer, run.out / f"round_{t}.partial" / "reward")
+def compare(policy, reference, reward_model, problems, respond, args, seed):
+    """Dev demonstrations against fresh samples: metrics, and the correlation of reward and length."""
+    prompts = [problem["prompt_ids"] for problem in problems]
+    responses = spread(prompts, partial(respond, policy, temperature=1.0, seed=seed))
+    rows = judge(policy, reference, reward_model, prompts, responses, args)
+    texts = [(problem["prompt_ids"], problem["real_ids"]) for problem in problems]
+    real = spread(texts, partial(score, reward_model, max_tokens=args.micro_batch, measure=reward))
+    rewards = torch.tensor([row["reward"] for row in rows])
+    lengths = torch.tensor([float(len(response)) for response in responses])
+    margin = torch.tensor(real) - rewards
+    told_apart = (margin > 0).float() + (margin == 0) / 2
+    found = {"margin": margin.mean().item(), "told_apart": told_apart.mean().item()}
+    found |= {name: fmean(row[name] for row in rows) for name in ("reward", "kl", "objective")}
+    correlation = torch.corrcoef(torch.stack([rewards, lengths]))[0, 1].nan_to_num().item()
+    return found | {"length": lengths.mean().item(), "reward_length": correlation}
 
 
-# ---- 5. LoRA: fewer weights to train -----------------------------------------------------------------------
+# ---- 6. LoRA: fewer weights to train -------------------------------------------------------------
 
-ADAPTED = "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"
 
 class LoRA(torch.nn.Module):
     """W x + alpha/rank B A x, W frozen (arXiv 2106.09685); alpha 16 as in the official code."""
+
     def __init__(self, linear, rank, generator):
         super().__init__()
-        a = torch.randn(rank, linear.in_features, generator=generator) / math.sqrt(linear.in_features)
-        self.linear, self.factor = linear, 16 / rank
-        self.a = torch.nn.Parameter(a.to(linear.weight.device))                         # (rank, in)
-        self.b = torch.nn.Parameter(linear.weight.new_zeros(linear.out_features, rank))     # no change yet
+        self.linear = linear
+        self.factor = 16 / rank
+        self.transposed = isinstance(linear, Conv1D)  # GPT-2's weights are (in, out)
+        n_out, n_in = linear.weight.T.shape if self.transposed else linear.weight.shape
+        a = torch.randn(rank, n_in, generator=generator) / math.sqrt(n_in)
+        self.a = torch.nn.Parameter(a.to(linear.weight.device))  # (rank, in)
+        self.b = torch.nn.Parameter(linear.weight.new_zeros(n_out, rank))  # zero: no change yet
 
-    def forward(self, x):                                               # (..., in) -> (..., out)
+    def forward(self, x):  # (..., in) -> (..., out)
         return self.linear(x) + self.factor * F.linear(F.linear(x, self.a), self.b)
 
+    @torch.no_grad()
+    def merged(self):
+        change = self.factor * self.b @ self.a  # (out, in)
+        self.linear.weight += change.T if self.transposed else change
+        return self.linear
+
+
+def linear_layers(model):
+    """[(name, module)] in the model's blocks: all linear layers, fused ones and Conv1D among them."""
+    modules = layers_of(model).named_modules()
+    return [(name, module) for name, module in modules if isinstance(module, (torch.nn.Linear, Conv1D))]
+
+
 def add_lora(model, rank, seed):
-    """In place: of the model, only the new A and B of each layer in ADAPTED are trained."""
+    """In place: A and B of every linear layer in the model's blocks are trained, nothing else."""
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(random.Random(f"{seed} lora").getrandbits(60))
-    for name, module in list(model.named_modules()):
-        if name.rpartition(".")[2] in ADAPTED:
-            model.set_submodule(name, LoRA(module, rank, generator))
-    if not any(weight.requires_grad for weight in model.parameters()):
-        die(f"--lora-rank: the model has none of the layers {', '.join(ADAPTED)}")
+    for name, module in linear_layers(model):
+        layers_of(model).set_submodule(name, LoRA(module, rank, generator))
 
-@torch.no_grad()
+
 def merge_lora(model):
     """In place: W + alpha/rank B A takes the place of W, A and B, and can be trained again."""
-    for name, module in list(model.named_modules()):
+    for name, module in list(layers_of(model).named_modules()):
         if isinstance(module, LoRA):
-            module.linear.weight += module.factor * module.b @ module.a
-            model.set_submodule(name, module.linear)
+            layers_of(model).set_submodule(name, module.merged())
     model.requires_grad_(True)
 
 
-# ---- 6. The whole method -----------------------------------------------------------------------------------
+# ---- 7. The methods ------------------------------------------------------------------------------
+
+
+def self_play(policy, demos, respond, tokenizer, seed, folder, args):
+    """The pairs of a round: each demonstration, a fresh response of the policy, log pi_t of both."""
+    file = folder.with_name(folder.name + ".partial") / "generated.jsonl"
+    if file.exists():  # of a run that was interrupted while it trained on them
+        return read_json_lines(file)
+    print(f"  sampling {len(demos)} responses", flush=True)
+    prompts = [demo["prompt_ids"] for demo in demos]
+    responses = spread(prompts, partial(respond, policy, temperature=args.temperature, seed=seed))
+    texts = [(demo["prompt_ids"], demo["real_ids"]) for demo in demos] + [*zip(prompts, responses)]
+    logps = spread(texts, partial(score, policy, max_tokens=args.micro_batch))
+    pairs = []
+    for demo, ids, real, generated in zip(demos, responses, logps, logps[len(demos) :]):
+        own = {"generated": tokenizer.decode(ids), "generated_ids": ids}
+        pairs.append(demo | own | {"real_reference": real, "generated_reference": generated})
+    write(file, pairs)
+    same = fmean(pair["real_ids"] == pair["generated_ids"] for pair in pairs)
+    print(f"  {same:.1%} equal their demonstration", flush=True)
+    return pairs
+
+
+def irft_chunk(policy, pairs, name, out, seed, args):
+    """Algorithm 2, one chunk: the policy learns to tell its demonstrations from its own samples."""
+    loss_of = partial(irft_loss, loss=args.loss, scale=args.scale)
+    zero = torch.zeros(())
+    first_loss = LOSSES[args.loss](zero, zero).item()  # d = 0 on both sides
+    steps = train(policy, pairs, loss_of, args.epochs, args, seed, first_loss=first_loss)
+    log_steps(out, name, steps)  # the training happens while its steps are logged
+
+
+def rft_round(policy, pairs, t, start, preferences, demos, dev, respond, eos_ids, out, seed, args):
+    """Algorithm 1, one round: the reward learns from the pairs, then the policy from the reward."""
+    name, last = f"rft {t}", out / f"round_{t - 1}"
+    reward_model, reward_tokenizer = load_reward(last / "reward" if t > 1 else start, eos_ids, args)
+    reward_model.to(policy.device)
+    if args.reward_pairs == "all":
+        for k in range(1, t):
+            pairs = pairs + read_json_lines(out / f"round_{k}" / "generated.jsonl")
+    log_steps(out, f"reward of {name}", fit_reward(reward_model, pairs, preferences, args, seed))
+    reference = load_model(args.model, args)  # frozen; the third model
+    problems = (dev or demos)[:500]  # enough for two digits
+    models = (policy, reference, reward_model)
+    before = compare(*models, problems, respond, args, f"{seed} before")
+    steps = improve_policy(*models, demos, respond, args, seed)
+    log_steps(out, f"policy of {name}", steps)
+    after = compare(*models, problems, respond, args, f"{seed} after")
+    print_line("dev".rjust(10), before, title=True)
+    for when, found in (("before", before), ("after", after)):
+        log(out, {"phase": name, "when": when, **found})
+        print_line(when.rjust(10), found)
+    if after["kl"] > 0.5 * after["length"] or after["objective"] < before["objective"]:
+        print("warning: the policy runs away from its start, or gains nothing: raise --kl, lower --policy-lr")
+    if abs(before["reward_length"]) > 0.95:
+        print("warning: the reward follows length alone: is that what makes demonstrations better?")
+    save_model(reward_model, reward_tokenizer, out / f"round_{t}.partial" / "reward")
+
+
+def load_reward(path, eos_ids, args):
+    """A classifier with one label, the reward, and its tokenizer; a head that it lacks starts at zero."""
+    hf_logging.set_verbosity_error()  # transformers would warn of the missing head
+    config = load(AutoConfig, path, "config")
+    if config.num_labels != 1 and "SequenceClassification" in str(config.architectures):
+        needed = "train one with num_labels=1, or name a language model, whose new head is trained here"
+        die(f"--reward-model {path}: it has {config.num_labels} labels, a reward is one: {needed}")
+    options = {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}
+    kind = AutoModelForSequenceClassification
+    model, info = load(kind, path, "classifier", num_labels=1, **options)
+    if {*info["missing_keys"]} - {"score.weight"} or not hasattr(model, "score"):
+        die(f"--reward-model {path}: weights are missing: {', '.join(info['missing_keys']):.200}")
+    if info["missing_keys"]:  # at zero no response is preferred, and nothing is random
+        torch.nn.init.zeros_(model.score.weight)
+    tokenizer = load(AutoTokenizer, path, "tokenizer")
+    # transformers reads a classifier at the last token that is not a pad: EOS must not be one
+    if tokenizer.pad_token_id in {None, *eos_ids}:
+        torch.manual_seed(args.seed)  # the new token's row is random, but alike in every run and rank
+        tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
+        model.resize_token_embeddings(max(len(tokenizer), model.get_input_embeddings().num_embeddings))
+    model.config.pad_token_id = tokenizer.pad_token_id
+    return model.eval(), tokenizer
+
+
+def make_preference(row, tokenizer, eos_ids, room):
+    """A row with chosen and rejected -> a pair as self_play makes them: chosen is real, rejected generated."""
+    chosen = encode(row, tokenizer, eos_ids)
+    rejected = encode(row | {"chosen": row["rejected"]}, tokenizer, eos_ids)
+    if chosen["prompt"] != rejected["prompt"]:
+        raise ValueError("chosen and rejected answer different prompts")
+    if max(len(side["prompt_ids"] + side["real_ids"]) for side in (chosen, rejected)) > room:
+        raise ValueError(f"it is longer than the model's window of {room} tokens")
+    return chosen | {"generated_ids": rejected["real_ids"]}
+
 
 def main(args):
-    """Base, rounds, SFT baseline; returns what summary.json holds: the table's rows, the best round."""
-    run, policy = start(args, f"irft-{args.method}")
+    """The start model, chunks or rounds, SFT for comparison, the table; returns summary.json."""
+    start_processes()
+    config, tokenizer, eos_ids = load_tokenizer(args)
+    demos, dev, heldout, max_new_tokens = read_data(config, tokenizer, eos_ids, args)
     irft = args.method == "irft"
-    if irft and args.chunks > len(run.demos):
-        die(f"--chunks {args.chunks}: there are only {len(run.demos)} demonstrations")
-    if args.reward_model:                               # a mistake there should not cost the samples
-        load_reward(args.reward_model, run)
-    run.preferences = read_preferences(args.preferences, run) if args.preferences else []
-    write(run.out / "args.json", [vars(args)])          # nothing is written before all input has been read
-    evaluate(run, "base", policy)
-    for t in range(1, (args.chunks if irft else args.rounds) + 1):
-        name, seed, folder = f"{args.method} {t}", f"{args.seed} round {t}", run.out / f"round_{t}"
-        if not folder.exists():             # a resumed run may have this round behind it
-            demos = run.demos[t - 1::args.chunks] if irft else run.demos        # a chunk: every T-th of them
-            if run.lora_rank:
-                add_lora(policy, run.lora_rank, seed)
-            pairs = keep_pairs(policy, run, name, t, demos, seed)
+    parts = args.chunks if irft else args.rounds
+    if irft and parts > len(demos):
+        die(f"--chunks {parts}: there are only {len(demos)} demonstrations")
+    make = partial(make_preference, tokenizer=tokenizer, eos_ids=eos_ids, room=window(config))
+    preferences = read_demos(args.preferences, args.split, make) if args.preferences else []
+    start = args.reward_model or args.model
+    if not irft:  # what is wrong with it should not cost the samples
+        _, theirs = load_reward(start, eos_ids, args)
+        if not tokenizer.get_vocab().items() <= theirs.get_vocab().items():
+            die(f"--reward-model {start}: its tokenizer differs from that of {args.model}")
+    policy = load_model(args.model, args)
+    if args.lora_rank and not linear_layers(policy):
+        die(f"--lora-rank: {args.model} has no linear layers in its blocks")
+    size = sum(weight.numel() for weight in policy.parameters())
+    print(f"model   {args.model}: {size:,} parameters on {policy.device.type}, {ranks()[1]} process(es)")
+    out, rows = open_folder(args)  # rows of the table, by name: a resumed run may have some
+    ends = {"eos_ids": eos_ids, "max_new_tokens": max_new_tokens}
+    respond = partial(sample, batch_size=args.sample_batch, **ends)
+    report = partial(evaluate, out, rows, tokenizer, eos_ids, dev, heldout, respond, args)
+    likelihood = partial(sft_loss, mean_length=fmean(len(demo["real_ids"]) for demo in demos))
+
+    report("base", policy, None)
+    for t in range(1, parts + 1):
+        name, folder, seed = f"{args.method} {t}", out / f"round_{t}", f"{args.seed} round {t}"
+        began = time.time()
+        if not folder.exists():  # a resumed run may have this one behind it
+            print(f"\n{name} of {parts}")
+            if args.lora_rank:
+                add_lora(policy, args.lora_rank, seed)
+            share = demos[t - 1 :: args.chunks] if irft else demos  # a chunk: every T-th of them
+            pairs = self_play(policy, share, respond, tokenizer, seed, folder, args)
             if irft:
-                # steps as a part of an epoch: one loop for both ways of counting
-                epochs = (args.steps_per_chunk or 0) / math.ceil(len(pairs) / args.batch) or args.epochs
-                records = train_round(policy, pairs, args.loss, epochs, args, name, seed)
+                irft_chunk(policy, pairs, name, out, seed, args)
             else:
-                records = rft_round(policy, run, pairs, t, seed)
-            for record in records:          # the training happens while we walk through its records
-                log(run, record)
-            if run.lora_rank:
+                rft_round(policy, pairs, t, start, preferences, demos, dev, respond, eos_ids, out, seed, args)
+            if args.lora_rank:
                 merge_lora(policy)
-            save_model(policy, run.tokenizer, folder)
-        del policy                          # the next one needs the room
-        policy = load_model(folder, run.device, run.trust_remote_code)
-        evaluate(run, name, policy)
-    if args.baseline == "sft" and (irft or args.rounds):
-        del policy
-        sft_baseline(run, budget(run))
-    return summarize(run)
+            save_model(policy, tokenizer, folder)
+        del policy  # the next one needs the room
+        policy = load_model(folder, args)
+        report(name, policy, time.time() - began)
+    del policy
+
+    if args.baseline == "sft" and parts:
+        epochs = (3 if dev else 1) * args.epochs  # 3: two sides, and the samples
+        seconds = sft_baseline(out, demos, dev, epochs, likelihood, tokenizer, respond, args)
+        report("sft", load_model(out / "sft", args), seconds)
+    return summarize(out, rows)
 
 
-# ---- PLUMBING: the method can be understood without it -----------------------------------------------------
+def sft_baseline(out, demos, dev, epochs, likelihood, tokenizer, respond, args):
+    """SFT from the same start; out/sft is its best epoch on dev, else the last. Returns seconds."""
+    chosen = "the best on dev" if dev else "the last, as there is no dev,"
+    print(f"\nSFT, for comparison: same start, {epochs} epochs, {chosen} is kept", flush=True)
+    policy = load_model(args.model, args)
+    best = -1.0
+    records = []
+    print_line(" " * 12, {"loss": 0, "dev_accuracy": 0}, title=True)
+    for record in train(policy, demos, likelihood, epochs, args, f"{args.seed} sft"):
+        records.append(record)
+        if record["step"] * epochs % record["steps"] == 0:  # the end of an epoch
+            record["dev_accuracy"], _ = answer(policy, dev, 0, tokenizer, respond, args)
+            kept = not dev or record["dev_accuracy"] > best
+            if kept:
+                best = record["dev_accuracy"]
+                save_model(policy, tokenizer, out / "sft")
+            loss = fmean(record["loss"] for record in records[-record["steps"] // epochs :])
+            first = f"epoch {record['epoch']:.0f}{' kept' if kept else ''}"
+            print_line(first.ljust(12), {"loss": loss, "dev_accuracy": record["dev_accuracy"]})
+        log(out, {"phase": "sft", **record})
+    return sum(record["seconds"] for record in records)
+
+
+# ---- 6. Data: any demonstrations -> token ids of prompts and responses ---------------------------
+
+# Columns of the prompt and of the response: of these pairs the first that a row has filled. Without
+# a prompt's column the other one is a conversation, whose last assistant turn is imitated.
+COLUMNS = [("prompt", "chosen"), (None, "chosen"), ("prompt", "response"), ("prompt", "completion")]
+COLUMNS += [("question", "answer"), ("instruction", "output"), (None, "real")]
+COLUMNS += [(None, "messages"), (None, "conversations")]
+ROLES = {"human": "user", "gpt": "assistant", "Human": "user", "Assistant": "assistant"}
+# A row or a turn with one of these says more than its text, and only text is trained on.
+BEYOND_TEXT = ["tools", "functions", "tool_calls", "function_call", "reasoning_content", "images"]
+BEYOND_TEXT += ["cells without a title"]
+UNUSABLE = (ValueError, TemplateError, AttributeError, KeyError, TypeError)  # what such rows raise
+
+
+def read_rows(path, split):
+    """Yields (place, row) of a file or Hub dataset: place is what an error names, row a dict of columns."""
+    kind = Path(path).suffix
+    if kind in (".jsonl", ".json", ".csv", ".parquet") and not Path(path).is_file():
+        die(f"{path}: no such file")
+    place = path
+    try:
+        if kind in (".jsonl", ".json"):
+            content = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf")  # Windows' mark of UTF-8
+            array = content.lstrip().startswith(b"[")  # of all rows, instead of an object on each line
+            for n, line in enumerate(json.loads(content) if array else content.split(b"\n"), 1):
+                place = f"{path} line {n}"  # not splitlines: a text may hold U+2028
+                if array or line.strip():
+                    yield place, line if array else json.loads(line)
+            return
+        if kind == ".csv":  # every cell is text: NA, None and 007 stay as they are
+            csv.field_size_limit(2**31 - 1)
+            with open(path, encoding="utf-8-sig", newline="") as file:
+                rows = list(csv.DictReader(file, restkey="cells without a title", strict=True))
+        elif kind == ".parquet":
+            rows = pyarrow.parquet.read_table(path).to_pylist()
+        else:
+            import datasets  # slow to import, and files do not need it
+
+            rows = datasets.load_dataset(path, split=split)
+        yield from ((f"{path} row {n}", row) for n, row in enumerate(rows, 1))
+    except (OSError, ValueError, csv.Error) as error:
+        accepted = "UTF-8 files .jsonl, .json, .csv; .parquet; the name of a Hub dataset within reach"
+        die(f"{place}: {str(error).splitlines()[0]}. Accepted are {accepted}")
+
+
+def to_messages(row):
+    """A row with any of COLUMNS -> messages, {"role", "content"}, the last one by the assistant.
+
+    Raises one of UNUSABLE, in words, if the row lacks something or has more than text.
+    """
+    if not isinstance(row, dict):
+        raise TypeError(f"not an object with columns, but {row!r:.60}")
+    filled = [name for name, value in row.items() if value is not None]
+    pairs = [pair for pair in COLUMNS if {*pair} - {None} <= {*filled}]
+    if not pairs:
+        accepted = "; ".join(" + ".join(filter(None, pair)) for pair in COLUMNS)
+        raise ValueError(f"found {', '.join(filled)}; accepted are the columns {accepted}")
+    before, after = pairs[0]
+    prompt, turns = row.get(before), row[after]
+    if before == "instruction" and row.get("input"):
+        prompt = f"{prompt}\n\n{row['input']}"
+    if isinstance(turns, str) and before:
+        turns = [{"role": "assistant", "content": turns}]
+    elif isinstance(turns, str):  # Anthropic's HH: "\n\nHuman: ...\n\nAssistant: ..."
+        beginning, *parts = re.split(r"\n\n(Human|Assistant):", turns)
+        if beginning.strip():
+            raise ValueError(f"a transcript begins with two newlines and Human:, not {turns!r:.40}")
+        turns = [{"role": who, "content": text.strip()} for who, text in zip(parts[::2], parts[1::2])]
+    messages = [to_message(turn) for turn in turns]
+    while messages and messages[-1]["role"] != "assistant":
+        messages.pop()
+    if before and messages and messages[0]["role"] == "assistant":  # else the prompt is among them
+        prompt = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
+        messages = [to_message(turn) for turn in prompt] + messages
+    if row.get("system") and messages and messages[0]["role"] != "system":
+        messages.insert(0, to_message({"role": "system", "content": row["system"]}))
+    if len(messages) < 2 or any((row.get(name) or "[]") != "[]" for name in BEYOND_TEXT):
+        raise ValueError(f"{after} has no prompt with a response behind it, or there is more than text")
+    return messages
+
+
+def to_message(turn):
+    """A turn with role and content, or from and value -> {"role", "content"}, both text."""
+    if not isinstance(turn, dict):
+        raise TypeError(f"not a turn with role and content, but {turn!r:.60}")
+    role = turn.get("role") or turn.get("from")
+    content = turn.get("value") if turn.get("content") is None else turn["content"]
+    if isinstance(content, list) and all(part.get("type") == "text" for part in content):
+        content = "".join(part["text"] for part in content)
+    beyond = [name for name in BEYOND_TEXT if (turn.get(name) or "[]") != "[]"]
+    if not isinstance(content, str) or beyond or (role != "system" and not content.strip()):
+        raise ValueError(f"a turn of the role {role} is empty or more than text")
+    content.encode()  # raises UnicodeEncodeError, a ValueError, for half an emoji
+    return {"role": ROLES.get(role, role), "content": content}
+
+
+def encode(row, tokenizer, eos_ids):
+    """A row -> a demonstration: {prompt, response, prompt_ids, real_ids (with EOS), answer or None}.
+
+    Raises one of UNUSABLE, also where chat template or EOS would make another text of the response.
+    """
+    messages = to_messages(row)
+    prompt = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
+    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    response = messages[-1]["content"]
+    if not text.startswith(prompt) or response.strip() not in text[len(prompt) :]:
+        raise ValueError("the chat template changes prompt or response; see --prompt-template")
+    for message in messages[:-1]:  # from earlier answers it may drop thoughts, as it will in use
+        if message["role"] != "assistant" and message["content"].strip() not in prompt:
+            raise ValueError(f"the chat template drops a turn of the role {message['role']}")
+    if eos_ids & {*tokenizer(response, add_special_tokens=False).input_ids}:
+        raise ValueError("there is an EOS token in its text, where the response would end")
+    # One text is encoded, then cut: some tokenizers treat the start of a text in a way that the
+    # model would not. Only where a token would span the cut is the response encoded alone.
+    prompt_ids = tokenizer(prompt, add_special_tokens=False).input_ids
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    if ids[: len(prompt_ids)] != prompt_ids:
+        ids = prompt_ids + tokenizer(text[len(prompt) :], add_special_tokens=False).input_ids
+    ids = ids[len(prompt_ids) :] + [tokenizer.eos_token_id]
+    end = next(i for i, token in enumerate(ids) if token in eos_ids)  # the template may go on
+    demo = {"prompt": prompt, "response": response, "prompt_ids": prompt_ids}
+    return demo | {"real_ids": ids[: end + 1], "answer": final_answer(response)}
+
+
+def read_demos(path, split, make):
+    """[make(row) for rows of a file or Hub dataset], without those that raise UNUSABLE, at most a tenth."""
+    made = []
+    unusable = []
+    for place, row in read_rows(path, split):
+        try:
+            made.append(make(row))
+        except UNUSABLE as error:
+            unusable.append(f"{place}: {error}")
+    n = len(made) + len(unusable)
+    if not n:
+        die(f"{path}: no rows")
+    if len(unusable) > n / 10:
+        die(f"{unusable[0]} ({len(unusable)} of {n} rows cannot be used)")
+    if unusable:
+        print(f"warning: {len(unusable)} of {n} rows are left out, such as {unusable[0]}")
+    return made
+
+
+def read_data(config, tokenizer, eos_ids, args):
+    """(demonstrations, dev problems, held-out problems, tokens of the longest response); [] where none are."""
+    make = partial(encode, tokenizer=tokenizer, eos_ids=eos_ids)
+    paths = (args.data, args.dev, args.heldout)
+    demos, dev, heldout = [read_demos(path, args.split, make) if path else [] for path in paths]
+    everything = demos + dev + heldout
+    vocabulary = config.get_text_config().vocab_size
+    if max(max(demo["prompt_ids"] + demo["real_ids"]) for demo in everything) >= vocabulary:
+        die(f"{args.model}: its tokenizer makes token ids above the {vocabulary} that its model knows")
+    longest = max(len(demo["prompt_ids"]) for demo in everything)
+    room = window(config) - longest
+    if room < (args.max_new_tokens or 1):
+        die(f"--max-new-tokens: {max(0, room)} fit the window, {window(config)}, after a prompt of {longest}")
+    unknown = {tokenizer.unk_token_id} - {None, *eos_ids}
+    lost = sum(not unknown.isdisjoint(demo["prompt_ids"] + demo["real_ids"]) for demo in everything)
+    if lost:
+        print(f"warning: {lost} rows have words that the tokenizer does not know")
+    max_new_tokens = args.max_new_tokens or min(256, room)
+    if not args.max_new_tokens and room < 256:
+        print(f"--max-new-tokens is {room}: more does not fit the model's window after the longest prompt")
+    cut = sum(len(demo["real_ids"]) > max_new_tokens for demo in everything)
+    if cut:
+        print(f"warning: {cut} responses are cut at --max-new-tokens {max_new_tokens}")
+    for demo in everything:
+        demo["real_ids"] = demo["real_ids"][:max_new_tokens]  # without EOS, as a sample that is cut
+    if not args.heldout:
+        random.Random(args.seed).shuffle(demos)
+        n = min(500, len(demos) // 10)
+        demos, heldout = demos[n:], demos[:n]
+        print(f"no --heldout: a tenth of the demonstrations, at most 500, is held out: {n}")
+    if not all(problem["answer"] for problem in dev):
+        die(f"{args.dev}: dev problems choose the best round, so each needs an answer '#### value'")
+    both = {demo["prompt"] for demo in demos} & {problem["prompt"] for problem in dev + heldout}
+    if both:
+        print(f"warning: {len(both)} prompts of the dev or held-out problems are in {args.data}, too")
+    print(f"data    {len(demos)} demonstrations, {len(dev)} dev, {len(heldout)} held-out problems")
+    return demos, dev, heldout, max_new_tokens
+
+
+def window(config):
+    """The longest text in tokens that a model can read, math.inf if its config does not say."""
+    config = config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":  # beyond this, what the cache holds would be another text's
+        return rope["original_max_position_embeddings"]
+    return getattr(config, "max_position_embeddings", getattr(config, "max_seq_len", None)) or math.inf
+
+
+# ---- 7. Evaluate ---------------------------------------------------------------------------------
+
+
+def final_answer(text):
+    """What follows '####' on its line, as text: '#### $1,234.' -> '1234', '####7.0' -> '7.0'; else None.
+
+    GSM8K's convention. lm_eval's strict filter is narrower: one blank behind '####', no dollar.
+    """
+    found = re.search(r"####[^\S\n]*\$?([^\n]+)", text)
+    return found and found[1].replace(",", "").strip().rstrip(".")
+
+
+def answer(policy, problems, temperature, tokenizer, respond, args):
+    """(share of right answers, None if some problem has no answer to compare with; responses, token ids)"""
+    prompts = [problem["prompt_ids"] for problem in problems]
+    how = {"temperature": temperature, "seed": f"{args.seed} answers"}
+    responses = spread(prompts, partial(respond, policy, **how))
+    texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
+    right = [final_answer(text) == problem["answer"] for text, problem in zip(texts, problems)]
+    checkable = problems and all(problem["answer"] for problem in problems)
+    return fmean(right) if checkable else None, responses
+
+
+def evaluate(out, rows, tokenizer, eos_ids, dev, heldout, respond, args, name, policy, seconds):
+    """Add a row to the table, unless a resumed run has it; show a response that has changed."""
+    if name in rows:
+        return
+    dev_accuracy, _ = answer(policy, dev, 0, tokenizer, respond, args)
+    greedy_accuracy, greedy = answer(policy, heldout, 0, tokenizer, respond, args)
+    sampled_accuracy, sampled = answer(policy, heldout, 1, tokenizer, respond, args)
+    texts = [(problem["prompt_ids"], problem["real_ids"]) for problem in heldout]
+    logps = spread(texts, partial(score, policy, max_tokens=args.micro_batch))
+    row = {"name": name, "greedy_accuracy": greedy_accuracy, "sampled_accuracy": sampled_accuracy}
+    row |= {"n": len(heldout), "heldout_nll": None, "mean_response_tokens": None, "eos_share": None}
+    if heldout:
+        row["heldout_nll"] = -sum(logps) / sum(len(response) for _, response in texts)
+        row["mean_response_tokens"] = fmean(len(response) for response in sampled)
+        row["eos_share"] = fmean(response[-1] in eos_ids for response in sampled)
+    row["seconds"] = seconds
+    said = tokenizer.batch_decode(greedy[:50], skip_special_tokens=True)
+    rows[name] = {"phase": name, "row": row, "dev_accuracy": dev_accuracy, "said": said}
+    log(out, rows[name])
+    if dev:
+        print(f"{name}: {dev_accuracy:.1%} of the dev problems right", flush=True)
+    for problem, before, now in zip(heldout, rows["base"]["said"], said):
+        if before != now:
+            print(f"  a sample: {problem['prompt'][-60:]!r}")
+            print(f"    before {before!r:.80}\n    now    {now!r:.80}")
+            break
+
+
+# ---- 8. The run's folder, and what is printed ----------------------------------------------------
+
+TITLES = {  # metric -> its title and format; printed in this order
+    "loss": ("loss", ".4f"),
+    "log_ratio_real": ("log-ratio: demo", "+.2f"),
+    "log_ratio_generated": ("own", "+.2f"),
+    "margin": ("margin", "+.2f"),
+    "told_apart": ("told apart", ".0%"),
+    "reward": ("reward", "+.2f"),
+    "kl": ("KL", ".2f"),
+    "objective": ("objective", "+.2f"),
+    "length": ("length", ".1f"),
+    "dev_accuracy": ("dev", ".1%"),
+    "greedy_accuracy": ("greedy", ".1%"),
+    "sampled_accuracy": ("sampled", ".1%"),
+    "heldout_nll": ("NLL/token", ".4f"),
+    "mean_response_tokens": ("length", ".1f"),
+    "eos_share": ("ended", ".0%"),
+    "seconds": ("seconds", ".0f"),
+}
+
+
+def print_line(first, values, title=False):
+    """A line of a table: of values, {metric: number or None}, those that TITLES has; or their titles."""
+    for metric, (name, form) in TITLES.items():
+        if metric in values:
+            number = "-" if values[metric] is None else format(values[metric], form)
+            first += (name if title else number).rjust(max(9, len(name) + 2))
+    print(first, flush=True)
+
+
+def log(out, record):
+    """Add a record to metrics.jsonl."""
+    if ranks()[0] == 0:
+        with open(out / "metrics.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+
+def log_steps(out, phase, steps):
+    """Log every step's record; print the first, then the mean of each eighth of the steps."""
+    unprinted = []
+    for record in steps:
+        log(out, {"phase": phase, **record})
+        unprinted.append(record)
+        step, last = record["step"], record["steps"]
+        if step in (1, last) or step % math.ceil(last / 8) == 0:
+            means = {key: fmean(one[key] for one in unprinted) for key in record if key != "seconds"}
+            if step == 1:
+                print_line("step".rjust(10), means, title=True)
+            print_line(f"{step}/{last}".rjust(10), means)
+            unprinted = []
+
+
+def summarize(out, rows):
+    """Print the table; write and return summary.json: its rows, the round best on dev (or last)."""
+    rounds = [record for name, record in rows.items() if name not in ("base", "sft")]
+    best = max(rounds[::-1], key=lambda record: record["dev_accuracy"] or 0, default={"phase": None})
+    summary = {"rows": [record["row"] for record in rows.values()], "best": best["phase"]}
+    write(out / "summary.json", [summary])
+    print()
+    print_line("held-out".ljust(10), rows["base"]["row"], title=True)
+    for row in summary["rows"]:
+        print_line(row["name"].ljust(10), row)
+    if rounds:
+        folder = str(out / f"round_{best['phase'].split()[-1]}")
+        print(f"\nbest: {best['phase']}. AutoModelForCausalLM.from_pretrained({folder!r}) loads it")
+    return summary
+
+
+def saved_args(args, parser):
+    """The flags of the run that --resume names; of those given now only --rounds may be larger."""
+    file = Path(args.resume) / "args.json"
+    saved = read_json_lines(file)[0] if file.exists() else {}
+    if {*saved} != {*vars(args)}:
+        parser.error(f"--resume {args.resume}: not the folder of a run of this script and version")
+    for name, value in vars(args).items():  # a flag at its default was most likely not given
+        if name not in ("resume", "rounds") and value not in (saved[name], parser.get_default(name)):
+            parser.error(f"--resume goes on with that run's flags; --{name} is {saved[name]} there")
+    saved["rounds"] = max(args.rounds, saved["rounds"])
+    return argparse.Namespace(**saved | {"out": args.resume, "resume": args.resume})
+
+
+def open_folder(args):
+    """The run's folder, and the rows of the table that a resumed run has: {name: record}."""
+    out = Path(args.out)
+    if out.exists() and any(out.iterdir()) and not args.resume:
+        die(f"--out {out} is not empty: name another folder, or continue that run by --resume {out}")
+    file = out / "metrics.jsonl"
+    records = read_json_lines(file) if file.exists() else []
+    kept = []  # what an interrupted phase has logged happens again, and so does the SFT baseline
+    for record in records:
+        if record["phase"] == "base" or (out / f"round_{record['phase'].split()[-1]}").exists():
+            kept.append(record)
+    gather(None)  # nobody writes before all have looked
+    write(out / "args.json", [vars(args)])
+    write(file, kept)
+    return out, {record["phase"]: record for record in kept if "row" in record}
+
+
+def read_json_lines(file):
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def write(file, records):
+    """One JSON object a line; the file is there whole or not at all."""
+    if ranks()[0] == 0:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = file.with_name(file.name + ".partial")
+        lines = [json.dumps(record) + "\n" for record in records]
+        unfinished.write_text("".join(lines), encoding="utf-8")
+        os.replace(unfinished, file)
+
+
+def save_model(model, tokenizer, folder):
+    """HF format, written beside its place, where a round's samples are, and renamed when complete."""
+    state = gather_full_state_dict(model) if isinstance(model, FSDPModule) else None
+    if ranks()[0] == 0:
+        unfinished = folder.with_name(folder.name + ".partial")
+        model.save_pretrained(unfinished, state_dict=state)
+        tokenizer.save_pretrained(unfinished)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(unfinished, folder)
+    gather(None)  # the others wait until it is there
+
+
+# ---- 9. Model, device, ranks ---------------------------------------------------------------------
+
+
+class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """--help prints the docstring as it is, and the defaults where there are any."""
+
+    def _get_help_string(self, action):
+        return super()._get_help_string(action) if action.default else action.help
+
 
 def die(sentence):
     """A person's mistake: one sentence on stderr, exit code 2."""
     print(f"error: {sentence}", file=sys.stderr)
     raise SystemExit(2)
 
-def number(kind, low=-math.inf, above=-math.inf, word=None):
-    """argparse type: a finite int or float, >= low and > above; or this word."""
-    def parse(text):
-        if text != word and not (abs(kind(text)) < math.inf and kind(text) >= low and kind(text) > above):
-            raise ValueError
-        return text if text == word else kind(text)
-    limits = {f">= {low}": low > -math.inf, f"> {above}": above > -math.inf, f"or {word}": word}
-    # argparse puts the name into its sentence: invalid int >= 1 value: '0'
-    parse.__name__ = " ".join([kind.__name__, *(limit for limit, given in limits.items() if given)])
-    return parse
 
-def complete(args, parser, groups):
-    """Defaults that depend on other flags, flags of the other method; with --resume, those of that run."""
-    args.shift, args.shift_lr = 0.0, 0.0                    # of h: it would cancel in both losses
-    if args.resume:
-        return resumed(args, parser)
-    if args.data == parser.get_default("data"):             # the toy's problems go with its demonstrations
-        args.dev, args.heldout = args.dev or f"{TOY}/dev.jsonl", args.heldout or f"{TOY}/heldout.jsonl"
-    for method, group in groups.items():
-        for action in group._group_actions if method != args.method else ():
-            if getattr(args, action.dest) != action.default:
-                parser.error(f"{action.option_strings[0]} belongs to --method {method}, not to {args.method}")
-    if args.reward_loss == "linear" and not args.reward_penalty:
-        parser.error("--reward-loss linear falls for ever without a --reward-penalty above 0")
-    if args.group_size < 2:
-        parser.error("--group-size 1: an advantage compares responses to one prompt, it takes at least 2")
-    if args.freeze_layers > 1:
-        parser.error(f"--freeze-layers {args.freeze_layers}: it is a share of the layers, from 0 to 1")
-    return args
+def load(kind, path, what, **options):
+    """kind.from_pretrained(path), or a sentence on what is wrong there."""
+    try:
+        return kind.from_pretrained(path, trust_remote_code=False, **options)
+    except Exception as error:  # noqa: BLE001 (the libraries' errors have nothing else in common)
+        if not Path(path).exists():
+            die(f"{path}: no such folder, and no such model on the Hub, or the Hub was not reached")
+        die(f"{path}: no {what} can be loaded from there: {' '.join(str(error).split()):.200}")
 
-def resumed(args, parser):
-    """The flags of the run that --resume names; only --rounds may be raised."""
-    saved = read(Path(args.resume) / "args.json")
-    if not saved:
-        parser.error(f"--resume {args.resume}: no args.json there, so it is not the folder of a run")
-    if {*saved[0]} != {*vars(args)}:
-        parser.error(f"--resume {args.resume}: a run of another script, or of another version of this one")
-    # A flag at its default was most likely not given, so it is no contradiction to that run.
-    own = [k for k, v in vars(args).items() if v not in (saved[0].get(k), parser.get_default(k))]
-    if own := {*own} - {"resume", "rounds"}:
-        parser.error(f"--resume goes on with the flags of that run; these are others: {', '.join(own)}")
-    rounds = max(args.rounds, saved[0]["rounds"])
-    return argparse.Namespace(**saved[0] | {"resume": args.resume, "rounds": rounds})
 
-def chunks(items, size):
-    return [items[start:start + size] for start in range(0, len(items), size)]
+def load_tokenizer(args):
+    """(config, tokenizer, ids that end a response): all but the weights."""
+    hf_logging.disable_progress_bar()
+    config = load(AutoConfig, args.model, "config")
+    tokenizer = load(AutoTokenizer, args.model, "tokenizer")
+    try:
+        listed = GenerationConfig.from_pretrained(args.model).eos_token_id  # an id, ids or None
+    except OSError:
+        listed = GenerationConfig.from_model_config(config).eos_token_id
+    if tokenizer.eos_token_id is None:
+        die(f"{args.model}: its tokenizer has no EOS token, so no response could end")
+    eos_ids = {tokenizer.eos_token_id, *(listed if isinstance(listed, list) else [listed])} - {None}
+    if args.prompt_template:
+        parts = args.prompt_template.replace("\\n", "\n").replace("\\t", "\t").split("{prompt}")
+        if len(parts) == 1:
+            die(f"--prompt-template {args.prompt_template!r}: no {{prompt}}, where the prompt goes")
+        if tokenizer.bos_token and tokenizer("a").input_ids[0] == tokenizer.bos_token_id:
+            parts[0] = tokenizer.bos_token + parts[0]
+        parts = [json.dumps(part, ensure_ascii=False) for part in parts]  # literals of the template
+        begin = "{{ " + " ~ messages[0].content ~ ".join(parts) + " }}"
+        tokenizer.chat_template = begin + "{{ messages[1].content if messages[1:] }}"
+    if not tokenizer.chat_template:
+        die(f"{args.model}: its tokenizer has no chat template; give a --prompt-template")
+    return config, tokenizer, eos_ids
+
+
+def load_model(path, args):
+    """A causal language model with fp32 weights, not from pickles, which can run any code."""
+    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    device = best if args.device == "auto" else args.device
+    if device not in (best, "cpu"):
+        die(f"--device {device}: there is none here, the best is {best}")
+    options = {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}
+    model, info = load(AutoModelForCausalLM, path, "causal language model", **options)
+    # A weight that is missing would be random without a word, one that is NaN be found much later.
+    broken = [name for name, weight in model.named_parameters() if not weight.isfinite().all()]
+    if broken or info["missing_keys"]:
+        names = ", ".join([*broken, *info["missing_keys"]])
+        die(f"{path}: weights that are missing or not finite numbers: {names:.200}")
+    model = model.to(device).eval()
+    with torch.no_grad():  # what sample will need, tried on two tokens
+        out = model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=model.device), use_cache=True)
+    if type(out.get("past_key_values")) is not DynamicCache:
+        die(f"{path}: {model.config.model_type} keeps no cache that sampling can use, as attention does")
+    return model
+
+
+def batches(lengths, max_items=math.inf, max_tokens=math.inf):
+    """Items by similar length, for little padding: [3, 9, 2], 2 items -> their indices [[2, 0], [1]].
+
+    A batch, padded, stays within max_tokens, unless it is a single item.
+    """
+    found = []
+    for i in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if found and len(found[-1]) < max_items and (len(found[-1]) + 1) * lengths[i] <= max_tokens:
+            found[-1].append(i)
+        else:
+            found.append([i])
+    return found
+
+
+def pad(rows, side, device):
+    """[[5, 6], [7]] -> [[5, 6], [7, 0]] for side "right"; (B, T), long."""
+    return pad_sequence([torch.tensor(row) for row in rows], True, 0, side).to(device)
+
 
 def autocast(model):
     """bf16 matrix products over the fp32 weights on CUDA, plain fp32 elsewhere."""
     return torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda")
 
-def collate(pairs, device, side="right"):
-    """[([5, 6], [7, 2]), ([5], [9])] -> ids [[5, 6, 7, 2], [5, 9, 0, 0]], mask [[0, 0, 1, 1], [0, 1, 0, 0]].
-
-    Both (B, T), long and bool. The mask comes from lengths: a pad id that is also EOS or a word does no harm.
-    """
-    ids = [torch.tensor(prompt + response) for prompt, response in pairs]
-    mask = [torch.tensor([False] * len(prompt) + [True] * len(response)) for prompt, response in pairs]
-    return [pad_sequence(rows, batch_first=True, padding_side=side).to(device) for rows in (ids, mask)]
-
-def texts_of(pairs, side):
-    """[(prompt ids, that side's response ids)], as response_logps takes them; side: "real" or "generated"."""
-    return [(pair["prompt_ids"], pair[f"{side}_ids"]) for pair in pairs]
-
-@torch.no_grad()
-def score(measure, model, texts, args):
-    """measure(model, [(prompt ids, response ids)]) in batches of similar length: floats, same order."""
-    batch = 2 * args.micro_batch if args.micro_batch else args.sample_batch     # 2: in training both sides
-    def of_share(texts, _):
-        values, order = [0.0] * len(texts), sorted(range(len(texts)), key=lambda i: len(sum(texts[i], [])))
-        for rows in tqdm(chunks(order, batch), desc="scoring", leave=False, disable=None):
-            for i, value in zip(rows, measure(model, [texts[i] for i in rows]).tolist()):
-                values[i] = value
-        return values
-    return shared_out(texts, of_share)
-
-def respond(policy, prompts, run, temperature, seed):
-    """One response to each of the prompts, every rank sampling its share."""
-    sharded = isinstance(policy, FSDPModule)
-    if sharded:                             # weights stay, once gathered: no rank waits for another's tokens
-        policy.set_reshard_after_forward(False)
-    responses = shared_out(prompts, lambda share, rank: sample(
-        policy, share, run.eos_ids, run.max_new_tokens, temperature, run.sample_batch, seed + rank))
-    if sharded:
-        policy.set_reshard_after_forward(True)
-    return responses
-
-# Under torchrun every rank runs this file; these make one run of them. Without it they do nothing.
-
-def ranks():
-    """(number of this process, how many there are); without torchrun (0, 1)."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-def shared_out(items, function):
-    """function(a share of items, name of this rank) on every rank -> all results, in order, on every rank.
-
-    Shares are equally long, so that all ranks call a sharded model equally often: a short one gets one of
-    the first items again, whose result is dropped. The name is "" on rank 0: one process keeps its seeds.
-    """
-    rank, world = ranks()
-    if world == 1:
-        return function(items, "")
-    share = [items[i % len(items)] for i in range(rank, world * math.ceil(len(items) / world), world)]
-    parts = [None] * world                  # dealt out like cards: rank r has the items r, r + world, ...
-    dist.all_gather_object(parts, function(share, f" rank {rank}" * (rank > 0)))
-    return [parts[i % world][i // world] for i in range(len(items))]
-
-def micro_batches(batch, size):
-    """This rank's share of a batch, `size` at a time: [(pairs, how many of them count)]; as many parts on
-    every rank. size None: all at once."""
-    rank, world = ranks()
-    if size or world > 1:                   # similar lengths together: less padding, equal work
-        batch = sorted(batch, key=lambda pair: len(pair["prompt_ids"]) + max(
-            len(pair["real_ids"]), len(pair.get("generated_ids", ()))))
-    share = batch[rank::world]
-    excess = math.ceil(len(batch) / world) - len(share)         # 1 where the last round of cards went short
-    parts = chunks(share + batch[:1] * excess, size or len(batch))
-    return [(part, len(part) - excess * (part is parts[-1])) for part in parts]
-
-def added_up(*values):
-    """Numbers, or lists, of all ranks in one: [total, list, ...], the same on every rank."""
-    parts = [values] * ranks()[1]
-    if len(parts) > 1:
-        dist.all_gather_object(parts, values)
-    return [sum(column[1:], column[0]) for column in zip(*parts)]
-
-def clip_gradients(model, limit, *others):
-    """The gradients' mean over ranks, where FSDP has not taken it already; clips the model's: their norm."""
-    world = ranks()[1]
-    for weight in (*model.parameters(), *others) if world > 1 else ():
-        if weight.requires_grad and not hasattr(weight, "full_tensor"):
-            weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad / world
-            dist.all_reduce(weight.grad)
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
-    return (norm.full_tensor() if isinstance(model, FSDPModule) else norm).item()
-
-def shard(model):
-    """Spread weights, and so gradients and optimizer, over the ranks, in place: FSDP2, layer by layer."""
-    if ranks()[1] > 1:
-        kind = type(model)
-        mesh = dist.init_device_mesh(model.device.type, (ranks()[1],))
-        for part in (*layers_of(model), model):
-            fully_shard(part, mesh=mesh, reshard_after_forward=True)    # the root, too: by default it stays
-        # FSDP makes a class of its own; saved as that, a model with its own code could not be loaded.
-        type(model).__module__, type(model).__name__ = kind.__module__, kind.__name__
-
-def layers_of(model):
-    """The transformer's layers: the first list of modules in a decoder."""
-    return next(module for module in model.modules() if isinstance(module, torch.nn.ModuleList))
-
-def recompute(model, args):
-    """--checkpoint-activations: a layer keeps its input only, the rest is computed again going backward."""
-    for layer in layers_of(model) if args.checkpoint_activations else ():
-        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
 def make_optimizer(groups, lr, steps, args):
-    """AdamW or RMSprop without weight decay, and its schedule."""
-    make = {"adamw": torch.optim.AdamW, "rmsprop": torch.optim.RMSprop}[args.optimizer]
-    optimizer = make(groups, lr=lr, weight_decay=0)
-    warmup = round(args.warmup if args.warmup >= 1 else args.warmup * steps)
-    return optimizer, get_scheduler(args.decay, optimizer, num_warmup_steps=warmup, num_training_steps=steps)
+    """AdamW or RMSprop, without weight decay; its schedule: up in --warmup steps, then down to 0."""
+    kind = {"adamw": torch.optim.AdamW, "rmsprop": torch.optim.RMSprop}[args.optimizer]
+    optimizer = kind(groups, lr=lr, weight_decay=0)
+    return optimizer, get_scheduler("linear", optimizer, args.warmup, steps)
 
-def no_nan(logits):
-    if logits.isnan().any():                # their argmax would be taken for a response
-        die("the model's logits are NaN: its weights are broken; start anew with a lower learning rate")
-    return logits
 
-def check_finite(where, loss, norm, remedy, worst=lambda: ""):
-    if not math.isfinite(loss + norm):
-        die(f"{where}: loss {loss}, gradient {norm}{worst()}; finished rounds are safe; {remedy}")
+# Under torchrun every rank runs this file on its share of each batch. Without it these do nothing.
 
-@torch.no_grad()
-def worst_pair(model, batch, *how):
-    """In words, the pair with the largest log-ratios (sft: log-probs), NaN being the largest of all."""
-    ratios = [sum((d.tolist() for d in pair_losses(model, [pair], *how)[1:]), []) for pair in batch]
-    sizes = [max(math.inf if math.isnan(d) else abs(d) for d in both) for both in ratios]
-    worst = sizes.index(max(sizes))
-    lengths = [len(batch[worst][key]) for key in ("real_ids", "generated_ids") if key in batch[worst]]
-    return f"; worst pair: {batch[worst]['prompt']!r:.200}, log-ratios {ratios[worst]}, lengths {lengths}"
 
-def check_step(model, batch, name, step, total, norm, loss, scale, shift):
-    """Stop before a bad step: numbers not finite, or a first loss that is not that of policy == reference."""
-    check_finite(f"{name}, step {step + 1}", total, norm, "lower --lr, or --scale if log-ratios are large",
-                 lambda: worst_pair(model, batch, loss, scale, shift))
-    expected = total if loss == "sft" or step else LOSSES[loss](shift, shift).item()
-    # In bf16 a log-prob depends a little on what else is in the batch.
-    if abs(total - expected) > (0.1 if model.device.type == "cuda" else 0.01) * max(1, abs(expected)):
-        die(f"{name}: policy and reference disagree: first loss {total:.4f}, it should be {expected:.4f}")
-
-# Columns of the prompt and of the response: of these pairs, the first whose columns all exist. Without one of
-# the prompt, the response is a list of messages or an HH transcript, and its last assistant turn is imitated.
-FORMATS = [("prompt", "chosen"), (None, "chosen"), ("prompt", "response"), ("prompt", "completion"),
-           ("question", "answer"), ("instruction", "output"), (None, "real"), (None, "messages"),
-           (None, "conversations")]
-ROLES = {"human": "user", "gpt": "assistant", "Human": "user", "Assistant": "assistant"}
-
-def read_rows(name, split):
-    """Yield (place, row) of a file or Hub dataset: place is what an error names, row a dict of columns."""
-    kind = Path(name).suffix[1:] if Path(name).suffix in (".jsonl", ".json", ".csv", ".parquet") else None
-    if kind and not Path(name).is_file():
-        die(f"{name}: no such file")
-    if kind == "jsonl":
-        # bytes, cut at \n alone: a text may contain characters at which str.splitlines would cut, too
-        for n, line in enumerate(Path(name).read_bytes().split(b"\n"), 1):
-            try:
-                if line.strip():
-                    yield f"{name} line {n}", json.loads(line)
-            except ValueError as error:
-                die(f"{name} line {n}: not JSON ({getattr(error, 'msg', error)}); a .jsonl file has one "
-                    "object on each line, in UTF-8")
-        return
-    import datasets                         # slow, and a .jsonl file does not need it
-    source = {"path": kind, "data_files": name, "split": "train"} if kind else {"path": name, "split": split}
-    try:
-        yield from ((f"{name} row {n}", row) for n, row in enumerate(datasets.load_dataset(**source), 1))
-    except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
-        die(f"{name}, split {source['split']}: {str(error.__cause__ or error).splitlines()[0]}; take a local "
-            ".jsonl, .json, .csv or .parquet file, or with a network the name of a dataset on the Hub")
-
-def to_messages(place, row):
-    """A row in any of FORMATS -> messages, dicts with role and content, the last one by the assistant."""
-    columns = [pair for pair in FORMATS if isinstance(row, dict) and {*pair} - {None} <= {*row}]
-    if not columns:
-        die(f"{place}: found {', '.join(row) if isinstance(row, dict) else row!r}; accepted are the columns "
-            + "; ".join(" + ".join(filter(None, pair)) for pair in FORMATS))
-    before, after = columns[0]              # names of columns
-    prompt, turns = row.get(before), row[after]
-    if before == "instruction" and row.get("input"):
-        prompt = f"{prompt}\n\n{row['input']}"
-    if isinstance(turns, str) and not before:               # HH: "\n\nHuman: ...\n\nAssistant: ..."
-        parts = re.split(r"\n\n(Human|Assistant):", turns)[1:]
-        turns = [{"from": who, "value": text.strip()} for who, text in zip(parts[::2], parts[1::2])]
-    elif not isinstance(turns, list):
-        turns = [{"role": "assistant", "content": turns}]
-
-    def message(turn):                      # two conventions; what is neither is caught below
-        turn = turn if isinstance(turn, dict) else {}
-        return {"role": ROLES.get(turn.get("from"), turn.get("role", turn.get("from"))),
-                "content": turn.get("value", turn.get("content"))}
-
-    turns = [message(turn) for turn in turns]
-    while turns and turns[-1]["role"] != "assistant":       # the last assistant turn is the response
-        turns.pop()
-    if before and len(turns) == 1:          # else the conversation in the column has its prompt in it
-        prompt = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
-        turns = [message(turn) for turn in prompt] + turns
-    if len(turns) < 2 or not all(turn["role"] and isinstance(turn["content"], str) and turn["content"].strip()
-                                 for turn in turns):
-        die(f"{place}: {' and '.join(filter(None, columns[0]))} must hold a prompt and, by the assistant, a "
-            "response, both text, not empty")
-    return turns
-
-def read_demos(name, rows, tokenizer, eos_ids, window, args):
-    """Rows -> dicts with prompt, response (text), prompt_ids, real_ids (EOS included), answer (or None)."""
-    demos = []
-    for place, row in rows:
-        turns = to_messages(place, row)
-        try:
-            prompt = tokenizer.apply_chat_template(turns[:-1], tokenize=False, add_generation_prompt=True)
-            both = tokenizer.apply_chat_template(turns, tokenize=False)
-        except TemplateError as error:
-            die(f"{place}: the chat template refuses this conversation: {error}; see --prompt-template")
-        if not both.startswith(prompt) or args.prompt_template and len(turns) > 2:
-            die(f"{place}: the template changes the prompt once it is answered, or lacks room for all turns")
-        # One string is encoded, then cut: some tokenizers treat the start of a string in a way that the model
-        # would not. Only where a token would span the cut is the response encoded alone.
-        prompt_ids, ids = (tokenizer(text, add_special_tokens=False).input_ids for text in (prompt, both))
-        if ids[:len(prompt_ids)] != prompt_ids:
-            ids = prompt_ids + tokenizer(both[len(prompt):], add_special_tokens=False).input_ids
-        real_ids = ids[len(prompt_ids):] + [tokenizer.eos_token_id]
-        end = next(i for i, token in enumerate(real_ids) if token in eos_ids)       # nothing behind EOS
-        if len(prompt_ids) + args.max_new_tokens > window:
-            die(f"{place}: {len(prompt_ids)} prompt tokens + --max-new-tokens exceed the window of {window}")
-        demos.append({"prompt": prompt, "response": turns[-1]["content"], "prompt_ids": prompt_ids,
-                      "real_ids": real_ids[:end + 1][:args.max_new_tokens],
-                      "answer": final_answer(turns[-1]["content"])})
-    cut = sum(demo["real_ids"][-1] not in eos_ids for demo in demos)
-    print(f"{name}: {len(demos)} rows" + f", {cut} cut at --max-new-tokens {args.max_new_tokens}" * (cut > 0))
-    return demos or die(f"{name}: no rows")
-
-def start(args, label):
-    """Device, model, data, folder; prints the header. Returns what all phases need, and the policy."""
-    hf_logging.disable_progress_bar()
-    if "LOCAL_RANK" in os.environ and not dist.is_initialized():            # started by torchrun
+def start_processes():
+    if "LOCAL_RANK" in os.environ and not dist.is_initialized():
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group()
-        sys.stdout = sys.stdout if ranks()[0] == 0 else open(os.devnull, "w")       # one of them speaks
-    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    device = best if args.device == "auto" else args.device
-    if device not in ("cpu", best):
-        die(f"--device {device}: PyTorch finds none here, the best is {best}")
-    policy = load_model(args.model, device, args.trust_remote_code)
-    tokenizer = load(AutoTokenizer, args.model, args.trust_remote_code)
-    print(f"{args.model}: {sum(p.numel() for p in policy.parameters()):,} parameters, {device} (--device "
-          f"{args.device}), fp32 weights{', bf16 autocast' if device == 'cuda' else ''}"
-          f"{f', {ranks()[1]} processes' * (ranks()[1] > 1)}")
-    listed = policy.generation_config.eos_token_id              # an id, a list of ids or None
-    eos_ids = {tokenizer.eos_token_id, *(listed if isinstance(listed, list) else [listed])} - {None}
-    if args.prompt_template:                                    # becomes, and is saved as, the chat template
-        if "{prompt}" not in args.prompt_template:
-            die(f"--prompt-template {args.prompt_template!r}: where the prompt goes it has to say {{prompt}}")
-        bos = tokenizer.bos_token if tokenizer("a").input_ids[0] == tokenizer.bos_token_id else ""
-        template = args.prompt_template.replace("{prompt}", "{{ messages[0].content }}")
-        tokenizer.chat_template = bos + template + "{{ messages[1].content if messages[1:] }}"
-    if tokenizer.eos_token_id is None or not tokenizer.chat_template:
-        die(f"--model {args.model}: the tokenizer lacks an EOS token, or a chat template: --prompt-template")
-    window = getattr(policy.config, "max_position_embeddings", None) or math.inf        # in tokens
-    demos, dev, heldout = [
-        path and read_demos(path, read_rows(path, args.split), tokenizer, eos_ids, window, args)
-        for path in (args.data, args.dev, args.heldout)]
-    known = {demo["prompt"] for demo in demos}
-    for path, problems in ((args.dev, dev), (args.heldout, heldout)):
-        if both := sum(problem["prompt"] in known for problem in problems or []):
-            print(f"warning: {both} of the {len(problems)} prompts in {path} are in {args.data}, too")
-    args.out = args.resume or args.out or next(
-        path for n in range(1, 10 ** 6) if not Path(path := f"runs/{label}-{n}").exists())
-    out = Path(args.out)
-    if out.exists() and any(out.iterdir()) and not args.resume:
-        die(f"--out {out} is not empty; name another folder, or continue that run with --resume {out}")
+        if dist.get_rank() > 0:
+            sys.stdout = io.StringIO()  # one of them speaks
+
+
+def ranks():
+    """(number of this process, how many there are); (0, 1) without torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def gather(value):
+    """[that value of each rank], on every rank, once all have come here."""
+    values = [value] * ranks()[1]
     if dist.is_initialized():
-        dist.barrier()                      # nobody writes before all have looked
-    # A resumed run forgets what an interrupted phase has logged: it happens again. So does the SFT baseline.
-    records = [record for record in read(out / "metrics.jsonl") if record["phase"] == "base"
-               or (out / f"round_{record['phase'].split()[-1]}").exists()]
-    return argparse.Namespace(**vars(args) | {
-        "out": out, "device": device, "tokenizer": tokenizer, "eos_ids": eos_ids, "window": window,
-        "demos": demos, "dev": dev, "heldout": heldout, "records": records}), policy
-
-def load(kind, path, trust, what="a tokenizer", **more):
-    """kind.from_pretrained(path), or a sentence about what is wrong there."""
-    try:
-        return kind.from_pretrained(path, trust_remote_code=trust, **more)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        die(f"{path}: not {what}: {str(error).strip().splitlines()[0]}; take a folder (a run's round_1) "
-            "or with a network a Hub name, with config.json, .safetensors, tokenizer; --trust-remote-code if "
-            "there is code in it")
-
-def load_model(path, device, trust=False):
-    """A causal language model with fp32 weights; pickles, which can run anything, are not read."""
-    if device != "cpu":                     # FSDP, and layers that recompute, refer to themselves: Python
-        gc.collect()                        # would free them some day, and knows nothing of a GPU's memory
-    # A weight that the file lacks would be random without a word; one that is NaN would be found much later.
-    model, info = load(AutoModelForCausalLM, path, trust, "a causal language model", dtype=torch.float32,
-                       use_safetensors=True, output_loading_info=True)
-    if bad := [*info["missing_keys"], *(k for k, w in model.named_parameters() if not w.isfinite().all())]:
-        die(f"{path}: weights that are missing or not finite numbers: {', '.join(sorted(bad)):.200}")
-    return model.to(device).eval()
-
-def load_reward(path, run):
-    """A classifier with one output, the reward, and its tokenizer; a head it lacks starts at zero."""
-    hf_logging.set_verbosity_error()        # transformers would warn of the missing head
-    model, info = load(AutoModelForSequenceClassification, path, run.trust_remote_code, "a classifier",
-                       num_labels=1, dtype=torch.float32, use_safetensors=True, output_loading_info=True)
-    tokenizer = load(AutoTokenizer, path, run.trust_remote_code)
-    if not run.tokenizer.get_vocab().items() <= tokenizer.get_vocab().items():
-        die(f"--reward-model {path}: its tokenizer differs from that of {run.model}; both must read one text")
-    if set(info["missing_keys"]) - {"score.weight"}:
-        die(f"--reward-model {path}: lacks the weights {', '.join(sorted(info['missing_keys']))}")
-    if info["missing_keys"]:                # at zero no response is preferred, and nothing is random
-        torch.nn.init.zeros_(model.score.weight)
-    # transformers reads a classifier at the last token that is not a pad: an EOS must not be one
-    if tokenizer.pad_token_id in {None, *run.eos_ids}:
-        torch.manual_seed(run.seed)         # the new token's row is random, but alike in every run and rank
-        tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
-        model.resize_token_embeddings(max(len(tokenizer), model.get_input_embeddings().num_embeddings))
-    model.config.pad_token_id = tokenizer.pad_token_id
-    layers = layers_of(model)               # the first ones, nearest to the tokens, are frozen
-    for layer in layers[:round(run.freeze_layers * len(layers))]:
-        layer.requires_grad_(False)
-    return model.to(run.device).eval(), tokenizer
-
-def read_preferences(name, run):
-    """chosen/rejected rows -> dicts as self_play makes them: chosen is real, rejected is generated."""
-    rows = list(read_rows(name, run.split))
-    for place, row in rows:
-        if not isinstance(row, dict) or not {"chosen", "rejected"} <= {*row}:
-            die(f"{place}: preferences have the columns chosen and rejected, with or without a prompt")
-    chosen, rejected = (
-        read_demos(f"{name}, {side}", [(place, row | {"chosen": row[side]}) for place, row in rows],
-                   run.tokenizer, run.eos_ids, run.window, run) for side in ("chosen", "rejected"))
-    pairs = [real | {"generated_ids": generated["real_ids"]} for real, generated in zip(chosen, rejected)
-             if real["prompt_ids"] == generated["prompt_ids"]]
-    print(f"{name}: {len(pairs)} preferences; {len(rows) - len(pairs)} left out, as their prompts differ")
-    return pairs or die(f"{name}: no two sides answer the same prompt")
-
-def budget(run):
-    """SFT epochs that cost at least what our rounds do, in forward passes of a response: training takes 3."""
-    if run.method == "irft":                # a pair takes 6, and once for all epochs 3: sampled, both scored
-        return 3 * run.samples_per_prompt * math.ceil(
-            (run.steps_per_chunk or 0) * run.batch * run.chunks / len(run.demos) or run.epochs)
-    passes = 3 * run.samples_per_prompt * len(run.demos)                    # the pairs: sampled, both scored
-    passes += 6 * run.reward_steps * run.batch * (1 + bool(run.preferences))
-    responses = run.policy_steps * run.policy_batch * run.group_size    # sampled, scored by three, trained on
-    passes += (4 + 3 * run.ppo_epochs) * responses
-    passes += 10 * min(500, len(run.dev or run.demos))                      # two reports: sampled, 4 scores
-    return math.ceil(run.rounds * passes / (3 * len(run.demos)))
-
-def save_model(model, tokenizer, folder):
-    """HF format, written beside its place and moved there when complete, with the samples of the round."""
-    unfinished = folder.with_name(folder.name + ".partial")
-    state = gather_full_state_dict(model) if isinstance(model, FSDPModule) else None        # {} but on rank 0
-    if ranks()[0] == 0:
-        model.save_pretrained(unfinished, state_dict=state)
-        tokenizer.save_pretrained(unfinished)
-        shutil.rmtree(folder, ignore_errors=True)
-        settle(unfinished, folder)
-    if dist.is_initialized():
-        dist.barrier()
-
-def write(path, rows):
-    """One JSON object a line; the file is there whole or not at all."""
-    if ranks()[0]:
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".partial")
-    unfinished.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    settle(unfinished, path)
-
-def settle(unfinished, path):
-    """Rename a file or folder that is complete, and on the disk: not even a power cut leaves half of it."""
-    for file in filter(Path.is_file, (unfinished, *unfinished.rglob("*"))):
-        with open(file, "rb+") as written:
-            os.fsync(written.fileno())
-    os.replace(unfinished, path)
-
-def read(path):
-    """The rows that `write` wrote, if any; a last line that was cut off, as by copying, is dropped."""
-    *lines, rest = path.read_text(encoding="utf-8").split("\n") if path.exists() else [""]
-    if rest:
-        print(f"{path}: dropped its last line, which is unfinished")
-    try:
-        return [json.loads(line) for line in lines]
-    except ValueError as error:
-        die(f"{path}: line {len(lines)} or before is not JSON ({error}); delete the file")
-
-def keep_pairs(policy, run, name, t, demos, seed):
-    """The pairs of round t from their file, which a resumed run may have; else made, and written there."""
-    file, began = run.out / f"round_{t}.partial" / "generated.jsonl", time.time()
-    pairs = read(file)                      # training changes nothing in them, so they can be used again
-    if len(pairs) != len(demos) * run.samples_per_prompt:
-        pairs = self_play(policy, run, demos, seed)
-        write(file, pairs)
-    origin = f"round_{t - 1}" if t > 1 else run.model       # one model in three roles
-    same = fmean(pair["real_ids"] == pair["generated_ids"] for pair in pairs)
-    log(run, {"phase": name, "start": origin, "negatives from": origin, "reference": origin,
-              "pairs": len(pairs), "identical": same, "seconds": time.time() - began})
-    return pairs
-
-def log(run, record):
-    """Add to metrics.jsonl and print in one line, but for a row, which comes in the table."""
-    run.records.append(record)
-    write(run.out / "metrics.jsonl", run.records)
-    shown = [f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value!r}"
-             for key, value in record.items() if key not in ("phase", "row")]
-    print(f"{record['phase']}: {', '.join(shown)}", flush=True)
-
-def final_answer(text):
-    """GSM8K's convention: what follows '####' on its line, without $ and commas; None without '####'."""
-    found = re.search(r"####[ $]*([^\n]+)", text)
-    return found and found[1].replace(",", "").strip(" .")
-
-def answers(run, policy, problems, temperature):
-    """One response each: (share of right ones, None unless all problems have a '####' answer; token ids)."""
-    prompts = [problem["prompt_ids"] for problem in problems]
-    ids = respond(policy, prompts, run, temperature, f"{run.seed} answers")
-    said = run.tokenizer.batch_decode(ids, skip_special_tokens=True)
-    right = [final_answer(text) == problem["answer"] for text, problem in zip(said, problems)]
-    return fmean(right) if all(problem["answer"] for problem in problems) else None, ids
-
-COLUMNS = {"greedy_accuracy": "greedy", "sampled_accuracy": "sampled", "n": "n", "heldout_nll": "NLL",
-           "mean_response_tokens": "tokens", "eos_share": "EOS", "seconds": "seconds"}  # summary.json: screen
-
-def evaluate(run, name, policy):
-    """Log a row of the table, unless a resumed run has it, and the greedy response to the first prompt."""
-    if any(record["phase"] == name and "row" in record for record in run.records):
-        return
-    row, problems = {"name": name} | dict.fromkeys(COLUMNS), run.heldout or run.demos[:1]   # to say something
-    greedy, first = answers(run, policy, problems, 0)
-    if run.heldout:
-        sampled, ids = answers(run, policy, problems, 1)
-        tokens = sum(len(problem["real_ids"]) for problem in problems)
-        nll = -sum(score(response_logps, policy, texts_of(problems, "real"), run)) / tokens
-        row |= zip(COLUMNS, [greedy, sampled, len(ids), nll, fmean(map(len, ids)),
-                             fmean(response[-1] in run.eos_ids for response in ids)])
-    row["seconds"] = sum(record.get("seconds", 0) for record in run.records if record["phase"] == name)
-    log(run, {"phase": name, "row": row, "dev_accuracy": run.dev and answers(run, policy, run.dev, 0)[0],
-              "says": run.tokenizer.decode(first[0])})
-    for sentence in warnings(run.records) if name != "sft" else []:
-        print(f"warning, {name}: {sentence}")
-
-def sft_baseline(run, epochs):
-    """SFT from the same start; its best epoch on dev, without --dev the last."""
-    policy, best = load_model(run.model, run.device, run.trust_remote_code), -1
-    # Records come every 16 steps, too; between epochs the generator waits, and the policy can be asked.
-    for record in train_round(policy, run.demos, "sft", epochs, run, "sft", f"{run.seed} sft"):
-        if record["epoch"] % 1 == 0:
-            record["dev_accuracy"] = dev = run.dev and answers(run, policy, run.dev, 0)[0]
-            if dev is None or dev > best:
-                best = dev
-                save_model(policy, run.tokenizer, run.out / "sft")
-        log(run, record)
-    del policy
-    evaluate(run, "sft", load_model(run.out / "sft", run.device, run.trust_remote_code))
-
-def warnings(records):
-    """What these records of metrics.jsonl show of the last round that a person should know: sentences."""
-    rounds = [record for record in records if "row" in record and record["phase"] != "sft"]
-    before, now = (rounds * 2)[-2:]         # of a single one, itself
-    ours = [record for record in records if record["phase"] == now["phase"]]
-    real, found = [record["real"] for record in ours if "generated" in record], []
-    # The last quarter of the round against its first half; a nat is more than noise.
-    if len(real) >= 4 and fmean(real[-(len(real) // 4):]) < min(-1, fmean(real[:len(real) // 2])):
-        found.append("real responses keep getting less likely: lower --lr, larger --scale, or GSIL's kliep")
-    if any(record.get("identical", 0) > 0.5 for record in ours):
-        found.append("most samples equal the demonstration: little is left to learn")
-    if (now["row"]["eos_share"] or 0) < (before["row"]["eos_share"] or 0) - 0.1:
-        found.append("fewer responses end in EOS: are demonstrations cut? raise --max-new-tokens")
-    if (now["dev_accuracy"] or 0) < (before["dev_accuracy"] or 0) - 0.03:
-        found.append("the round lost on dev, it over-corrects: fewer rounds, epochs; larger --scale or --kl")
-    return found
-
-def summarize(run):
-    """Print the table, write summary.json: its rows, and the round best on dev (without --dev the last)."""
-    done = [record for record in run.records if "row" in record]
-    rounds = [record for record in done if record["phase"] not in ("base", "sft")][::-1]    # latest first
-    best = max(rounds, key=lambda record: record["dev_accuracy"] or 0, default={"phase": None})["phase"]
-    summary = {"rows": [record["row"] for record in done], "best": best}
-    write(run.out / "summary.json", [summary])
-    print(f"\n{'':10}" + "".join(f"{title:>10}" for title in COLUMNS.values()))
-    for row in summary["rows"]:
-        cells = ("-" if row[key] is None else f"{row[key]:.3g}" for key in COLUMNS)
-        print(f"{row['name']:10}" + "".join(f"{cell:>10}" for cell in cells))
-    print(f"best round: {best}; results in {run.out}")
-    return summary
+        dist.all_gather_object(values, value)
+    return values
 
 
-def run_safely(main, args):
-    """main(args); Ctrl-C, a full disk, a folder that cannot be written end in a sentence on how to go on."""
-    try:
-        return main(args)
-    except (KeyboardInterrupt, OSError, SafetensorError) as error:
-        begun = args.out and os.path.exists(f"{args.out}/args.json")
-        python = "torchrun ..." if "LOCAL_RANK" in os.environ else "python"
-        how = f"go on with: {python} {sys.argv[0]} --resume {args.out}" if begun else "nothing is written yet"
-        print(f"error: {str(error) or 'stopped'}; {how}", file=sys.stderr)
-        raise SystemExit(130 if isinstance(error, KeyboardInterrupt) else 2)
+def spread(items, function):
+    """function(items), a result per item: every rank does a share and has all results, in order."""
+    rank, world = ranks()
+    results = [None] * len(items)
+    share = items[rank::world] or items[:1]  # a sharded model needs all ranks
+    for r, part in enumerate(gather(function(share))):
+        results[r::world] = part[: len(items[r::world])]
+    return results
+
+
+def micro_batches(batch, max_tokens):
+    """Parts of similar length, as many on every rank: [(this rank's rows, how many of them count)]."""
+    rank, world = ranks()
+    lengths = []
+    for row in batch:  # one text, or two that are padded to the longer one
+        sides = [len(row[key]) for key in ("real_ids", "generated_ids") if key in row]
+        lengths.append(len(sides) * (len(row["prompt_ids"]) + max(sides)))
+    parts = []
+    for rows in batches(lengths, max_tokens=max_tokens * world):
+        share = rows[rank::world]
+        parts.append(([batch[i] for i in share or rows[:1]], len(share)))
+    return parts
+
+
+def layers_of(model):
+    """The decoder's blocks: its first list of modules."""
+    parts = model.get_decoder().modules()
+    return next(part for part in parts if isinstance(part, torch.nn.ModuleList))
+
+
+def prepare(model, args, sharded=True):
+    """--checkpoint-activations; under torchrun FSDP2, which spreads weights, gradients, optimizer.
+
+    transformers' gradient_checkpointing_enable does nothing in evaluation mode, needed here.
+    """
+    layers = layers_of(model)
+    if sharded and dist.is_initialized():
+        mesh = dist.init_device_mesh(model.device.type, (ranks()[1],))
+        for part in (*layers, model):  # weights stay, once gathered, until a backward pass:
+            fully_shard(part, mesh=mesh, reshard_after_forward=False)  # no rank waits in sampling
+    if args.checkpoint_activations:
+        for layer in layers:
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+
+
+def clip_gradients(optimizer, limit):
+    """Clip the model's gradient, group 0, and return its norm before; a shift's is not clipped."""
+    for weight in [weight for group in optimizer.param_groups for weight in group["params"]]:
+        if dist.is_initialized() and not hasattr(weight, "full_tensor"):  # FSDP takes its own mean
+            dist.all_reduce(weight.grad)
+            weight.grad /= ranks()[1]
+    norm = torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], limit)
+    return (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
 
 
 if __name__ == "__main__":
-    run_safely(main, parse_args())
+    for stream in (sys.stdout, sys.stderr):  # a terminal that lacks a letter shows its code
+        stream.reconfigure(errors="backslashreplace")
+    arguments = parse_args()
+    try:
+        main(arguments)
+    except (KeyboardInterrupt, OSError, torch.OutOfMemoryError) as error:
+        die(f"{str(error) or 'stopped'}; what was saved is safe: see --resume {arguments.out}")
     if dist.is_initialized():
         dist.destroy_process_group()
