@@ -374,14 +374,12 @@ def whole_loglikelihoods(model, problems, batch_size, name):
 
 def measure(problem, lls):
     """What log-likelihoods of a problem's choices count; gold is the index of the right one."""
-    per_character = [ll / max(1, len(choice)) for ll, choice in zip(lls, problem["choices"])]
-    masses = [math.exp(ll - max(lls)) for ll in lls]
-    true = [mass for mass, label in zip(masses, problem.get("labels", [])) if label]
-    return {
-        "acc,none": float(lls.index(max(lls)) == problem["gold"]),  # of equals the first
-        "acc_norm,none": float(per_character.index(max(per_character)) == problem["gold"]),
-        "mass,none": sum(true) / sum(masses),  # mc2: the true answers' part of the probability
-    }
+    norm = [ll / max(1, len(choice)) for ll, choice in zip(lls, problem["choices"])]  # per character
+    acc = float(lls.index(max(lls)) == problem["gold"])  # of equals the first
+    if "labels" in problem:  # truthfulqa_mc2: the true answers' part of the probability
+        masses = [math.exp(ll - max(lls)) for ll in lls]
+        acc = sum(mass for mass, true in zip(masses, problem["labels"]) if true) / sum(masses)
+    return {"acc,none": acc, "acc_norm,none": float(norm.index(max(norm)) == problem["gold"])}
 
 
 def choose(name, task, problems, shots, policy, args):
@@ -410,7 +408,7 @@ def choose(name, task, problems, shots, policy, args):
     found = loglikelihoods(policy, asked, args.batch_size, name)
     for problem, lls, sample in zip(problems, found, samples):
         measured = measure(problem, lls)
-        metrics = {metric: measured[which] for metric, which in task.counts.items()}
+        metrics = {metric: measured[metric] for metric in task.counts}
         sample |= {"loglikelihoods": lls, "gold": problem["gold"], "metrics": metrics}
     return samples
 
@@ -628,6 +626,7 @@ ROLES = {"human": "user", "gpt": "assistant", "Human": "user", "Assistant": "ass
 # A row or a turn with one of these says more than its text, and only text is trained on.
 BEYOND_TEXT = ["tools", "functions", "tool_calls", "function_call", "reasoning_content", "images"]
 BEYOND_TEXT += ["cells without a title"]
+UNUSABLE = (ValueError, TemplateError, AttributeError, KeyError, TypeError)  # what such rows raise
 
 
 def read_rows(path, split):
@@ -664,8 +663,10 @@ def read_rows(path, split):
 def to_messages(row):
     """A row with any of COLUMNS -> messages, {"role", "content"}, the last one by the assistant.
 
-    Raises ValueError in words; AttributeError, KeyError or TypeError where row or turn is no dict of that kind.
+    Raises one of UNUSABLE, in words, if the row lacks something or has more than text.
     """
+    if not isinstance(row, dict):
+        raise TypeError(f"not an object with columns, but {row!r:.60}")
     filled = [name for name, value in row.items() if value is not None]
     pairs = [pair for pair in COLUMNS if {*pair} - {None} <= {*filled}]
     if not pairs:
@@ -697,9 +698,11 @@ def to_messages(row):
 
 def to_message(turn):
     """A turn with role and content, or from and value -> {"role", "content"}, both text."""
-    role = turn.get("role") or turn["from"]
-    content = turn["value"] if turn.get("content") is None else turn["content"]
-    if isinstance(content, list) and all(part["type"] == "text" for part in content):
+    if not isinstance(turn, dict):
+        raise TypeError(f"not a turn with role and content, but {turn!r:.60}")
+    role = turn.get("role") or turn.get("from")
+    content = turn.get("value") if turn.get("content") is None else turn["content"]
+    if isinstance(content, list) and all(part.get("type") == "text" for part in content):
         content = "".join(part["text"] for part in content)
     beyond = [name for name in BEYOND_TEXT if (turn.get(name) or "[]") != "[]"]
     if not isinstance(content, str) or beyond or (role != "system" and not content.strip()):
@@ -775,7 +778,7 @@ class Task:
 
     read: Callable  # row -> problem
     data: tuple  # Hub name and configuration
-    counts: dict  # filter -> what counts of a response; or metric -> its name in measure
+    counts: dict | tuple  # filter -> what counts of a response; or metrics, see measure
     run: Callable = respond
     score: Callable | None = None  # task, problems, responses -> a dict per problem
     reduce: Callable = normalize  # what counts of a response -> what is compared with gold
@@ -879,6 +882,7 @@ def read_truthfulqa(row, targets):
     need(len(labels) == len(choices), "should have as many labels as choices")
     if targets == "mc1_targets":
         need(labels == [1] + [0] * (len(labels) - 1), "labels should be 1, 0, 0, ...")
+        return choosing(question, choices, 0)
     need({*labels} == {0, 1}, "labels should be 1 and 0")
     return choosing(question, choices, 0) | {"labels": labels}
 
@@ -940,12 +944,11 @@ read_cot = partial(read_gsm8k, before="Q: ", after="\nA: Let's think step by ste
 HUMANEVAL = Task(read_humaneval, ("openai/openai_humaneval",), {"create_test": str}, score=score_programs)
 HUMANEVAL = replace(HUMANEVAL, max_new_tokens=1024, stop=("\nclass", "\ndef", "\n#", "\nif", "\nprint"))
 FENCED = {"create_test": lambda text: text.split("```")[0]}
-ONE, MASS = {"acc,none": "acc,none"}, {"acc,none": "mass,none"}
-BOTH = ONE | {"acc_norm,none": "acc_norm,none"}
+ACC, BOTH = ("acc,none",), ("acc,none", "acc_norm,none")
 ARC = Task(read_arc, ("allenai/ai2_arc", "ARC-Easy"), BOTH, run=choose, shots=None)
 SWAG = Task(read_hellaswag, ("Rowan/hellaswag",), BOTH, run=choose, shots=None, draw="others")
 SWAG = replace(SWAG, splits=("validation", "train"))
-TRUTH = Task(read_truthfulqa, ("truthfulqa/truthful_qa", "multiple_choice"), ONE, run=choose)
+TRUTH = Task(read_truthfulqa, ("truthfulqa/truthful_qa", "multiple_choice"), ACC, run=choose)
 TRUTH = replace(TRUTH, splits=("validation", "train"))
 TASKS = {
     "answers": Task(
@@ -964,12 +967,12 @@ TASKS = {
     "arc_challenge": replace(ARC, data=("allenai/ai2_arc", "ARC-Challenge")),
     "hellaswag": SWAG,
     "winogrande": replace(
-        SWAG, read=read_winogrande, data=("allenai/winogrande", "winogrande_xl"), counts=ONE
+        SWAG, read=read_winogrande, data=("allenai/winogrande", "winogrande_xl"), counts=ACC
     ),
     "truthfulqa_mc1": replace(TRUTH, read=partial(read_truthfulqa, targets="mc1_targets")),
-    "truthfulqa_mc2": replace(TRUTH, read=partial(read_truthfulqa, targets="mc2_targets"), counts=MASS),
+    "truthfulqa_mc2": replace(TRUTH, read=partial(read_truthfulqa, targets="mc2_targets")),
     "mmlu": Task(
-        read_mmlu, ("cais/mmlu", "all"), ONE, run=choose, splits=("test", "dev"), shots=None, draw="first"
+        read_mmlu, ("cais/mmlu", "all"), ACC, run=choose, splits=("test", "dev"), shots=None, draw="first"
     ),
     "reward": Task(
         read_reward, ("Anthropic/hh-rlhf",), {}, stop=("Human:", "human:", "Assistant:", "assistant:")
@@ -1046,7 +1049,7 @@ def read_split(name, task, split, args):
         try:
             row = Row(row)
             found.append((row, task.read(row)))
-        except (ValueError, TypeError, AttributeError, KeyError, IndexError) as error:
+        except (*UNUSABLE, IndexError) as error:
             column = getattr(row, "column", "")
             cell = row.get(column, row) if isinstance(row, dict) else row
             unusable.append(f"{place}: {column} {error}; found {cell!r:.200}")
@@ -1168,7 +1171,8 @@ def print_results(outcome):
             error = result.get(metric.replace(",", "_stderr,"))
             width = error and 1.96 * error
             rows.append([f"{name},{metric}", result[metric], width, result["n"], result["shots"]])
-    print_table([outcome["model"], "value", "±", "n", "shots"], rows)
+    if rows:  # mt_bench has none
+        print_table([outcome["model"], "value", "±", "n", "shots"], rows)
     for name, result in outcome["results"].items():
         for key in [key for key in CAUSES if result[key] and name in TASKS]:
             print(f"{name}: {result[key]} {CAUSES[key]}")

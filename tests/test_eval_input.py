@@ -206,5 +206,5 @@ SHARED = ["read_rows", "to_messages", "to_message", "final_answer", "pad", "die"
 def test_pieces_shared_with_gsil_are_the_same_text(name):
     """Copied, not imported: a reader meets the same function, and a repair must reach both."""
     assert inspect.getsource(getattr(ev, name)) == inspect.getsource(getattr(gsil, name))
-    for constant in ("COLUMNS", "ROLES", "BEYOND_TEXT"):
+    for constant in ("COLUMNS", "ROLES", "BEYOND_TEXT", "UNUSABLE"):
         assert getattr(ev, constant) == getattr(gsil, constant)

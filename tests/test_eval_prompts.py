@@ -68,7 +68,7 @@ def test_answers_asks_as_training_does():
     outcome = run("--limit 5 --device cpu --max-new-tokens 40")
     tokenizer = AutoTokenizer.from_pretrained(BASE)
     rows = list(gsil.read_rows(f"{ROOT}/tests/toy/heldout.jsonl", ""))[:5]
-    demos = [gsil.encode(gsil.to_messages(row), tokenizer, {1}) for _, row in rows]
+    demos = [gsil.encode(row, tokenizer, {1}) for _, row in rows]
     model = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
     ids = gsil.sample(model, [demo["prompt_ids"] for demo in demos], {1}, 40, 0, 5, "")
     for sample, demo, response in zip(outcome["samples"]["answers"], demos, ids):

@@ -63,7 +63,7 @@ def test_a_reward_is_read_at_the_end_of_the_training_text(pad, tmp_path):
     pairs = [([("user", row["question"])], row["answer"]) for row in rows]
     found = ev.rewards(*ev.load_reward(str(tmp_path), ev.parse_args(["--device", "cpu"])), pairs)
     for row, value in zip(rows, found, strict=True):
-        demo = gsil.encode(gsil.to_messages(row), tokenizer, {tokenizer.eos_token_id})
+        demo = gsil.encode(row, tokenizer, {tokenizer.eos_token_id})
         hidden = model.model(
             input_ids=torch.tensor([demo["prompt_ids"] + demo["real_ids"]])
         ).last_hidden_state
@@ -117,7 +117,7 @@ QUESTIONS = [
 def test_mt_bench_goes_on_where_it_stopped(tmp_path, capsys):
     """An interrupted run has spent hours; the file must end up as if it had not been interrupted."""
     questions, file = write_jsonl(tmp_path / "question.jsonl", QUESTIONS), tmp_path / "toy.jsonl"
-    flags = f"--tasks mt_bench --data {questions} --max-new-tokens 12 --device cpu --answers {file}"
+    flags = f"--tasks mt_bench --data {questions} --max-new-tokens 3 --device cpu --answers {file}"
     assert run(flags)["results"]["mt_bench"]["n"] == 4
     assert "responses were cut at --max-new-tokens" in capsys.readouterr().out
     whole = [json.loads(line) for line in file.read_text().splitlines()]
