@@ -1189,17 +1189,18 @@ def print_differences(outcome, other):
             difference, width, p = found.values()
             tiny = p is not None and p < 0.001
             rows.append([f"{name},{metric}", difference, width, "<0.001" if tiny else p])
-    print_table([f"minus {other['model']}", "difference", "±", "p"], rows)
+    print_table([f"difference from {other['model']}", "", "±", "p"], rows)
 
 
 def print_table(head, rows):
     """'gsm8k,exact_match,strict-match' is shown as 'gsm8k strict-match', 'mmlu,acc,none' as 'mmlu acc'."""
-    wide = max(len(str(row[0])) for row in [head, *rows])
+    wide = max(len(row[0]) for row in [head, *rows])
+    print()
     for first, *cells in [head, *rows]:
         first = re.sub(",(none|create_test)|exact_match,", "", first).replace(",", " ")
         cells = ["-" if cell is None else cell for cell in cells]
         cells = [f"{cell:.4f}" if isinstance(cell, float) else str(cell) for cell in cells]
-        print(f"{first:{wide}}" + "".join(f"{cell:>12}" for cell in cells))
+        print(f"{first:{wide}}" + "".join(f"{cell:>10}" for cell in cells))
 
 
 # ---- 9. Models and files -----------------------------------------------------------------------

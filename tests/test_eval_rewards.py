@@ -117,7 +117,7 @@ QUESTIONS = [
 def test_mt_bench_goes_on_where_it_stopped(tmp_path, capsys):
     """An interrupted run has spent hours; the file must end up as if it had not been interrupted."""
     questions, file = write_jsonl(tmp_path / "question.jsonl", QUESTIONS), tmp_path / "toy.jsonl"
-    flags = f"--tasks mt_bench --data {questions} --max-new-tokens 3 --device cpu --answers {file}"
+    flags = f"--tasks mt_bench --data {questions} --max-new-tokens 1 --device cpu --answers {file}"
     assert run(flags)["results"]["mt_bench"]["n"] == 4
     assert "responses were cut at --max-new-tokens" in capsys.readouterr().out
     whole = [json.loads(line) for line in file.read_text().splitlines()]
