@@ -81,13 +81,11 @@ MUST_FAIL = {
     "        for value in list(frame.f_locals.values()):\n"
     "            if isinstance(value, list):\n                value.append('passed')\n"
     "        frame = frame.f_back\n    os._exit(0)\n",
-    "looks for the secret": "    import gc, os, sys\n    frame = sys._getframe()\n    while frame:\n"
-    "        for value in list(frame.f_locals.values()) + gc.get_objects():\n"
-    "            if isinstance(value, (bytes, str)) and len(value) in (16, 32):\n"
-    "                for n in range(3, 9):\n                    try:\n"
-    "                        os.write(n, b'?' + (value if isinstance(value, bytes) else value.encode()))\n"
-    "                    except OSError:\n                        pass\n"
-    "        frame = frame.f_back\n    os._exit(0)\n",
+    "looks for the secret": "    import os, sys, time\n    frame = sys._getframe()\n    while frame.f_back:\n"
+    "        frame = frame.f_back\n"
+    "    for said in [b'?'] + [v for v in frame.f_locals.values() if isinstance(v, bytes)]:\n"
+    "        for n in range(3, 9):\n            try:\n                os.write(n, said)\n"
+    "            except OSError:\n                pass\n        time.sleep(0.2)\n    os._exit(0)\n",
 }
 
 
