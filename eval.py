@@ -63,10 +63,11 @@ def parse_args(argv=None):
     flag("--model", default=f"{TOY}/base", help="a folder or a Hub name")
     flag("--compare", metavar="MODEL", help="a second model: differences problem by problem")
     flag("--tasks", default="answers", help=f"separated by commas: {', '.join(TASKS)}")
-    flag("--data", action="append", default=[], metavar="[TASK=]PATH", help="a file or a folder")
+    where = "the problems' file, or a folder with test.* and train.*; if not given, the Hub's"
+    flag("--data", action="append", default=[], metavar="[TASK=]PATH", help=where)
     flag("--limit", type=float, help="the first so many problems; below 1: a share of them")
     flag = parser.add_argument_group("how").add_argument
-    flag("--shots", default="", metavar="N", help="worked examples; or by task: gsm8k=8,mmlu=5")
+    flag("--shots", default="", metavar="N", help="worked examples, or gsm8k=8,mmlu=5; gsm8k: 5")
     flag("--chat", action="store_true", help="ask in the chat template; `answers` always does")
     flag("--max-new-tokens", type=int, help="of a response; if not given, 256 or 1024")
     flag("--samples", type=int, default=1, help="per problem: their mean; of programs pass@k")
@@ -182,7 +183,7 @@ def tokenize(tokenizer, prompt, special=True):
 
 # ---- 2. Responses: what the model says ---------------------------------------------------------
 
-TOKENS_PER_PASS = 1024  # of prompts; on a CPU longer passes are slower
+TOKENS_PER_PASS = 1024  # of prompts; on a CPU eight of 1000 are read faster one by one than at once
 KEYS_AND_VALUES = {"DynamicLayer", "DynamicSlidingWindowLayer"}  # caches, see Policy
 
 
@@ -207,15 +208,14 @@ def generate(policy, prompts, stop, max_new_tokens, temperature, batch_size, nam
     size = 1 if kinds == {"NoneType"} else batch_size  # RWKV, one of these, mixes rows up
     batches = [rows for _, group in groups for rows in chunks([*group], size)]
     responses = [None] * len(prompts)
+    finite = [lambda ids, logits: no_nan(logits, name)]
     for rows in tqdm(batches, desc=name, leave=False, disable=None):
         some = [prompts[i] for i in rows]
         inputs = tokenizer.pad({"input_ids": some}, padding_side="left", return_tensors="pt")
         width = inputs.input_ids.shape[1]  # ids and mask are (B, P)
 
-        def stopped(
-            ids, scores, width=width, **_
-        ):  # (B, T) -> (B,): saves time, `cut` decides; generate's own
-            # stop_strings would also match across the end of the prompt
+        # Saves time, `cut` decides. generate's own stop_strings also match across the prompt's end.
+        def stopped(ids, scores, width=width, **_):  # (B, T) -> (B,)
             tails = tokenizer.batch_decode(ids[:, max(width, ids.shape[1] - reach) :])
             found = [any(text in tail for text in stop) for tail in tails]
             return torch.tensor(found, device=ids.device)
@@ -224,14 +224,10 @@ def generate(policy, prompts, stop, max_new_tokens, temperature, batch_size, nam
             inputs["past_key_values"] = read_ahead(model, some, max_new_tokens)
         how = {"do_sample": temperature > 0, "temperature": temperature or None, "top_k": 0, "top_p": 1.0}
         how |= {"eos_token_id": sorted(ends), "pad_token_id": tokenizer.pad_token_id, "stop_strings": None}
-        how |= {
-            "logits_processor": [lambda ids, logits: no_nan(logits, name)],
-            "stopping_criteria": [stopped],
-        }
+        how |= {"stopping_criteria": [stopped], "logits_processor": finite}
         inputs = inputs.to(model.device)
-        out = model.generate(**inputs, **how, max_new_tokens=max_new_tokens, use_cache=True)[
-            :, width:
-        ]  # (B, R)
+        out = model.generate(**inputs, **how, max_new_tokens=max_new_tokens, use_cache=True)
+        out = out[:, width:]  # (B, R)
         texts = tokenizer.batch_decode(out, skip_special_tokens=True)
         for i, ids, text, raw in zip(rows, out.tolist(), texts, tokenizer.batch_decode(out)):
             responses[i] = cut(text, stop), not ends & {*ids} and cut(raw, stop) == raw
@@ -270,10 +266,12 @@ def read_ahead(model, prompts, room):
     caches = [read(model, part)[0].past_key_values for part in parts]
     for layers in zip(*[cache.layers for cache in caches]):
         sides = [layer.keys for layer in layers], [layer.values for layer in layers]  # (b, heads, w, D)
-        keys, values = [
+        keys, values = [  # (B, heads, width + room, D)
             torch.cat([F.pad(states, (0, 0, width - states.shape[2], room)) for states in side])
             for side in sides
-        ]  # (B, heads, width + room, D)
+        ]
+        for layer in layers:  # what is copied is freed
+            layer.keys = layer.values = None
         layers[0].keys, layers[0].values = keys[:, :, :width], values[:, :, :width]
         layers[0].update = partial(append, layers[0], keys, values)
     return caches[0]
@@ -332,9 +330,9 @@ def loglikelihoods(policy, problems, batch_size, name=""):
         for c, (context, _) in enumerate(choices):
             readers.setdefault((p, tuple(context)), []).append(c)
     parts = sorted(readers.items(), key=lambda part: -len(part[0][1]))  # longest first, as in generate
-    size = min(batch_size // max(map(len, readers.values())), TOKENS_PER_PASS // len(parts[0][0][1]))
+    size = max(1, batch_size // max(map(len, readers.values())))
     values = [[0.0] * len(choices) for choices in problems]
-    for some in tqdm(chunks(parts, max(1, size)), desc=name, leave=False, disable=None):
+    for some in tqdm(chunks(parts, size), desc=name, leave=False, disable=None):
         out, mask = read(model, [context for (_, context), _ in some])  # mask (B, P)
         # A row, with its cache, is repeated for each choice that goes on from it: B become C.
         owner = [b for b, (_, cs) in enumerate(some) for _ in cs]
