@@ -382,22 +382,28 @@ def advantages(rewards):
     The others do not depend on this sample, so the gradient stays unbiased; rows sum to zero.
     """
     others = (rewards.sum(1, keepdim=True) - rewards) / (rewards.shape[1] - 1)  # (P, S)
-    return rewards - others
+    return (rewards - others).detach()
 
 
 CLIP_RATIO = 0.2  # PPO's epsilon
 
 
-def policy_loss(policy, rows):
-    """PPO's clipped objective of whole responses, its negative, (B,), and metrics, {name: (B,)}.
+def clipped_loss(logps, sampled_logps, gains):
+    """PPO's clipped objective of whole responses, its negative: (B,) each -> (B,); gains are advantages.
 
-    At the first step on a batch the ratio is 1: REINFORCE's gradient, -advantage * grad log pi.
+    Where logps = sampled_logps the ratio is 1 and the gradient REINFORCE's: -gain * grad log pi.
     """
+    ratio = (logps - sampled_logps.detach()).exp()
+    gains = gains.detach()
+    return -torch.min(ratio * gains, ratio.clamp(1 - CLIP_RATIO, 1 + CLIP_RATIO) * gains)
+
+
+def policy_loss(policy, rows):
+    """Losses of sampled responses, (B,), and what judge found about them, {name: (B,)}."""
     logps = response_logps(policy, [(row["prompt_ids"], row["generated_ids"]) for row in rows])  # (B,)
-    ratio = (logps - logps.new_tensor([row["logp"] for row in rows])).exp()
-    gain = logps.new_tensor([row["advantage"] for row in rows])
-    losses = -torch.min(ratio * gain, ratio.clamp(1 - CLIP_RATIO, 1 + CLIP_RATIO) * gain)
-    return losses, {name: logps.new_tensor([row[name] for row in rows]) for name in SAMPLED}
+    found = {name: logps.new_tensor([row[name] for row in rows]) for name in ("logp", "advantage", *SAMPLED)}
+    losses = clipped_loss(logps, found["logp"], found["advantage"])
+    return losses, {name: found[name] for name in SAMPLED}
 
 
 SAMPLED = ("reward", "kl", "objective", "length")  # metrics of sampled responses

@@ -22,7 +22,7 @@ import pytest
 import torch
 
 import gsil
-from irft import LOSSES, REWARD_LOSSES, advantages, policy_losses
+from irft import LOSSES, REWARD_LOSSES, advantages, clipped_loss
 from test_theory import (P, PI, all_pairs, close, closed_form, minimise, one_round, random_logits,
                          sft_gradient, vector)
 
@@ -79,7 +79,7 @@ def policy_gradient(logits, kl, baseline=0.0):
     """The same gradient as irft.py takes it: the responses' losses, each as often as the policy writes it."""
     logits = logits.clone().requires_grad_()
     logp = logits.log_softmax(-1)
-    losses = policy_losses(logp, logp, totals(logp, kl) - baseline, 0.2)
+    losses = clipped_loss(logp, logp, totals(logp, kl) - baseline)
     return torch.autograd.grad((logp.detach().exp() * losses).sum(), logits)[0]
 
 
@@ -130,7 +130,7 @@ def test_advantages_are_right_on_average(samples):
         logp = logits.log_softmax(-1)
         rewards = totals(logp, kl=0.5)[groups]
         found = advantages(rewards)
-        losses = policy_losses(logp[groups].flatten(), logp[groups].flatten(), found.flatten(), 0.2)
+        losses = clipped_loss(logp[groups].flatten(), logp[groups].flatten(), found.flatten())
         probability = logp.detach().exp()[groups].prod(1)                   # of each group
         mean = (probability * losses.view(groups.shape).mean(1)).sum()
         close(torch.autograd.grad(mean, logits)[0], exact_gradient(logits, kl=0.5), 1e-12)
@@ -147,7 +147,7 @@ def test_the_first_inner_step_is_reinforce():
     """
     logps = vector(-40, -3, -0.1).requires_grad_()          # sums over the tokens of whole responses
     old, earned = logps.detach().clone().requires_grad_(), vector(2, -1, 0.5).requires_grad_()
-    losses = policy_losses(logps, old, earned, 0.2)
+    losses = clipped_loss(logps, old, earned)
     losses.sum().backward()
     close(losses.detach(), -earned.detach(), 1e-12)
     close(logps.grad, -earned.detach(), 1e-12)
@@ -165,7 +165,7 @@ def test_clip_stops_a_response_that_has_moved_far_enough():
     for earned, losses, slopes in [(1, [-.5, -.9, -1.1, -1.2], [-.5, -.9, -1.1, 0]),
                                    (-1, [.8, .9, 1.1, 1.5], [0, .9, 1.1, 1.5])]:
         logps = (old + ratio.log()).requires_grad_()
-        found = policy_losses(logps, old, vector(*[earned] * 4), 0.2)
+        found = clipped_loss(logps, old, vector(*[earned] * 4))
         found.sum().backward()
         close(found.detach(), losses, 1e-12)
         close(logps.grad, slopes, 1e-12)

@@ -1,0 +1,64 @@
+"""The parts of tests/studies whose mistakes would not show in a table: theory, shares, intervals, flags."""
+
+import math
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent / "studies"))
+import pretrained
+
+
+def test_closed_form_multiplies_odds():
+    """The line of the figure. By hand: odds 1/4, times the square of (0.4/0.2) / (0.6/0.8) = 8/3, are 16/9."""
+    assert pretrained.closed_form(0.2, 0.4, 0.5) == pytest.approx(16 / 25, rel=1e-12)
+    assert pretrained.closed_form(0.2, 0.4, 1) == pytest.approx(0.4, rel=1e-12)
+    assert pretrained.closed_form(0.2, 0.4, math.inf) == pytest.approx(0.2, rel=1e-12)
+
+
+def test_prediction_is_per_number_of_steps():
+    """One closed form of mean shares would predict something else: odds do not average."""
+    kinds = ((2, True, 0.2), (3, False, 0.5), (4, False, 0.5), (4, True, 0.5))
+    heldout = [{"steps": steps} for steps, _, _ in kinds]
+    demos = [{"steps": steps, "works": works} for steps, works, _ in kinds]
+    by_steps = pretrained.shares({"heldout": heldout, "demos": demos}, [start for _, _, start in kinds])
+    assert by_steps == [(0.2, 1, 0.25), (0.5, 0, 0.25), (0.5, 0.5, 0.5)]
+    assert pretrained.predict(by_steps, 0.3) == 0.25 * 1 + 0.25 * 0 + 0.5 * 0.5
+
+
+def test_intervals():
+    """0 of 96 is no certainty, problems that all seeds share are no new problems, and seeds count by their spread."""
+    mean, half = pretrained.interval([[False] * 96])
+    assert (mean, half) == (0, pytest.approx(1.96 * math.sqrt(0.02 * 0.98 / 96), rel=1e-9))
+    outcomes = [True, False] * 48
+    assert pretrained.interval([outcomes, outcomes]) == pretrained.interval([outcomes])
+    _, half = pretrained.interval([[0.2, 0.4], [0.4, 0.6]])  # problems 0.3 and 0.5, seeds 0.3 and 0.5
+    assert half == pytest.approx(1.96 * math.sqrt(0.02 / 2 + 0.02 / 2), rel=1e-9)
+
+
+def test_parts_of_the_data():
+    """The prediction takes the demonstrations' shares as given: chance must not move them. A question in two parts
+    would be known from training; and held-out problems that changed with --demos could not be compared."""
+    parts = pretrained.make_parts("habit", pretrained.parse_args(["--model", "M", "--lesson", "8000"]))
+    for part, share in {"crowd": {2: 0.3, 3: 0.2, 4: 0.1}, "demos": {2: 0.45, 3: 0.4, 4: 0.35}}.items():
+        for steps in (2, 3, 4):
+            works = [row["works"] for row in parts[part] if row["steps"] == steps]
+            assert sum(works) == int(share[steps] * len(works) + 1e-6) > 0
+        assert all(row["works"] == ("=" in row["answer"]) for row in parts[part])
+    questions = [row["question"] for rows in parts.values() for row in rows]
+    assert len(set(questions)) == len(questions)
+    more = pretrained.make_parts("habit", pretrained.parse_args(["--model", "M", "--demos", "90"]))
+    assert more["heldout"] == parts["heldout"]
+
+
+def test_results_of_other_settings_are_not_mixed(tmp_path, monkeypatch):
+    """Finished parts are kept by name: with another --demos they would pass for results of that size."""
+    cases = []
+    monkeypatch.setattr(pretrained, "study", lambda case, args: cases.append(case))
+    flags = ["--model", "M", "--out", str(tmp_path)]
+    pretrained.main(pretrained.parse_args(flags))
+    pretrained.main(pretrained.parse_args([*flags, "--cases", "mixed", "--seeds", "3"]))
+    assert cases == ["habit", "mixed"]
+    with pytest.raises(SystemExit, match="was begun with demos = 192, not 90"):
+        pretrained.main(pretrained.parse_args([*flags, "--demos", "90"]))
