@@ -1,33 +1,35 @@
 """Benchmarks in one file, scored exactly as EleutherAI's lm_eval 0.4.13 scores them.
 
-A score is a pile of small decisions: the prompt to the character, the worked examples before it, where a
-response is cut, which number in it counts, when two numbers are equal. Each moves the score, so none is ours:
-on the same model and data every prompt, response, log-likelihood and per-problem metric is lm_eval's
-(tests/parity). Three tasks are not from there: `answers` asks as gsil.py and irft.py train, `reward` has a
-reward model choose between two responses, `mt_bench` writes answers for FastChat to judge.
+A score is a pile of small decisions: the prompt to the character, the examples before it, where a
+response is cut, which number in it counts. Each moves the score, so none is ours: on the same model
+and data every prompt, response, log-likelihood and metric is lm_eval's (tests/parity). Three tasks
+are not from there: `answers` asks as gsil.py and irft.py train, `reward` has a reward model choose
+between two responses, `mt_bench` writes answers for FastChat to judge.
 
-    prompt      worked examples + question, as plain text, or with --chat as the turns of a conversation
+    prompt      worked examples + question, as plain text or, with --chat, as a conversation
     response    greedy, or --samples of them at --temperature; cut at the task's stop strings
-                arc, hellaswag, winogrande, truthfulqa, mmlu: none, the likeliest of the choices is the answer
+                arc, hellaswag, winogrande, truthfulqa, mmlu: the likeliest of the choices
     score       gsm8k: a number is found in the response and compared with the right one, as text
-                humaneval: prompt + response + the problem's own tests is a program that passes or does not
+                humaneval: prompt + response + the problem's tests is a program that passes or not
 
-A value is a mean over problems, stderr = standard deviation / sqrt(n). Two models answer the same problems,
-so --compare tests their differences problem by problem: far sharper than one mean beside the other.
+A value is a mean over problems, +- half the width of its 95 % interval. Two models answer the same
+problems, so --compare tests their differences problem by problem: sharper than two means.
 
-    python eval.py                                  # the toy's base model on its held-out problems, seconds
+    python eval.py                                  # the toy's base model on its held-out problems
     python eval.py --model runs/gsil-logistic-1/round_1 --compare tests/toy/base
     python eval.py --model M --tasks gsm8k,humaneval --allow-code-execution --out scores.json
-    python eval.py --model M --tasks arc_challenge,hellaswag,winogrande,truthfulqa_mc2,mmlu --leaderboard
+    python eval.py --model M --tasks hellaswag,mmlu,gsm8k --shots hellaswag=10,mmlu=5
 """
+
 import argparse
-import gzip
+import csv
 import json
 import math
 import os
 import random
 import re
 import secrets
+import select
 import signal
 import subprocess
 import sys
@@ -37,157 +39,200 @@ from collections import namedtuple
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
+from itertools import groupby
 from pathlib import Path
 from statistics import fmean, stdev, variance
 
-# Threads that spin while they wait are 10 times slower as soon as another program wants the CPU, too.
-os.environ.setdefault("GOMP_SPINCOUNT", "2000")
-
+import pyarrow.parquet
 import torch
+import torch.nn.functional as F
 from jinja2 import TemplateError
-from safetensors import SafetensorError
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer)
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
-from transformers.utils import logging as hf_logging
 
 TOY = Path(__file__).parent / "tests" / "toy"
 
 
 def parse_args(argv=None):
-    """Flags -> Namespace; tasks becomes a list, data a dict."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter,
-                                     usage="%(prog)s [flags]; --help lists them")
-    flag = parser.add_argument
-    # who is asked what
-    flag("--model", default=str(TOY / "base"), help="folder or Hub name")
+    """Flags -> Namespace: tasks becomes a list, data {task: path}, shots {task: examples}."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help, allow_abbrev=False)
+    flag = parser.add_argument_group("who is asked what").add_argument
+    flag("--model", default=f"{TOY}/base", help="a folder or a Hub name")
     flag("--compare", metavar="MODEL", help="a second model: differences problem by problem")
     flag("--tasks", default="answers", help=f"separated by commas: {', '.join(TASKS)}")
-    flag("--data", action="append", default=[], metavar="TASK=PATH", help="instead of the Hub: the problems' "
-         "file, or\ntheir folder with test.*; worked examples come from train.* in the same folder")
-    flag("--limit", type=number(float, above=0), help="the first so many problems; below 1 a share of them")
-    # how
-    flag("--shots", type=number(int, 0), help="worked examples; where a task has none there will be none")
-    flag("--reward-model", metavar="MODEL", help="reward: scores the responses; a classifier with one label")
-    flag("--answers", metavar="FILE", help="mt_bench: where to write, or go on; its name is the model's for "
-         "FastChat,\ndefault: data/mt_bench/model_answer/MODEL.jsonl")
-    flag("--leaderboard", action="store_true", help="the Open LLM Leaderboard's examples: 25 for "
-         "arc_challenge,\n10 for hellaswag, 5 for winogrande, mmlu and gsm8k, 0 for truthfulqa")
-    flag("--chat", action="store_true", help="ask in the model's chat template; `answers` always does")
-    flag("--max-new-tokens", type=number(int, 1), help="of a response; default: the task's own")
-    flag("--samples", type=number(int, 1), default=1, help="per problem: their mean, for programs pass@k")
-    flag("--temperature", type=number(float, 0), default=0.0, help="of samples; 0: greedy")
-    flag("--seed", type=number(int, 0), default=0, help="of samples, which depend on --batch-size too")
-    flag("--allow-code-execution", action="store_true", help="run what the model writes; not in a sandbox")
-    # the run
-    flag("--batch-size", type=number(int, 1), default=16, help="prompts at a time: speed, memory, the draws")
-    flag("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto", help="auto: as saved")
-    flag("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto", help="auto: the first there is")
-    flag("--trust-remote-code", action="store_true", help="run code that comes with a model")
+    where = "the problems' file, or a folder with test.* and train.*; if not given, the Hub's"
+    flag("--data", action="append", default=[], metavar="[TASK=]PATH", help=where)
+    flag("--limit", type=float, help="the first so many problems; below 1: a share of them")
+    flag = parser.add_argument_group("how").add_argument
+    flag("--shots", default="", metavar="N", help="worked examples, or gsm8k=8,mmlu=5; gsm8k: 5")
+    flag("--chat", action="store_true", help="ask in the chat template; `answers` always does")
+    flag("--max-new-tokens", type=int, help="of a response; if not given, 256 or 1024")
+    flag("--samples", type=int, default=1, help="per problem: their mean; of programs pass@k")
+    flag("--temperature", type=float, default=0.0, help="of the samples; 0: greedy")
+    flag("--seed", type=int, default=0, help="of the samples; they depend on --batch-size, too")
+    flag("--reward-model", metavar="MODEL", help="task reward: a classifier with one label")
+    flag("--allow-code-execution", action="store_true", help="run what the model writes")
+    flag = parser.add_argument_group("run").add_argument
+    flag("--batch-size", type=int, default=16, help="prompts at a time: more is faster, less fits")
+    flag("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto", help="as saved")
+    flag("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto", help="the first there is")
     flag("--out", help="JSON file for settings, versions, results and every sample")
-    return complete(parser.parse_args(argv), parser)
+    flag("--answers", metavar="FILE", help="mt_bench: FastChat's file, to write or to continue")
+    args = parser.parse_args(argv)
+    args.tasks = args.tasks.split(",")
+    if not {*args.tasks} <= {*TASKS} or len({*args.tasks}) < len(args.tasks):
+        parser.error(f"--tasks {','.join(args.tasks)}: each once, out of {', '.join(TASKS)}")
+    args.data = by_task("--data", args.data, args.tasks, parser)
+    args.shots = by_task("--shots", [*filter(None, args.shots.split(","))], args.tasks, parser)
+    for task, number in args.shots.items():
+        if not number.isdecimal():
+            parser.error(f"--shots {number}: must be a number, at least 0, or TASK=NUMBER,...")
+        args.shots[task] = int(number)
+    for name in ("limit", "max_new_tokens", "samples", "batch_size", "temperature", "seed"):
+        value = getattr(args, name)
+        zero = value == 0 and name in ("temperature", "seed")
+        if value is not None and not (0 < value < math.inf or zero):
+            parser.error(f"--{name.replace('_', '-')} {value}: must be above 0 (temperature, seed: or 0)")
+    if args.samples > 1 and not args.temperature:
+        parser.error(f"--samples {args.samples}: greedy ones are all the same, set --temperature")
+    if "reward" in args.tasks and (not args.reward_model or args.samples > 1):
+        parser.error("--tasks reward needs --reward-model, and one sample per problem")
+    if "mt_bench" in args.tasks and (args.compare or "mt_bench" not in args.data):
+        parser.error("mt_bench needs --data question.jsonl, of FastChat, and no --compare")
+    if "humaneval" in ",".join(args.tasks) and not args.allow_code_execution:
+        parser.error("humaneval runs what the model writes: give --allow-code-execution")
+    return args
 
 
-# ---- 1. Prompts: what is asked -----------------------------------------------------------------------------
+def by_task(flag, items, tasks, parser):
+    """["gsm8k=5"] -> {"gsm8k": "5"}; a number alone is for all tasks, a path for the only one."""
+    found = {}
+    for item in items:
+        task, equals, value = item.partition("=")
+        if task in TASKS and equals:
+            found[task] = value
+        elif flag == "--data" and len(tasks) > 1:
+            parser.error(f"--data {item}: say which of the tasks it is for, TASK=PATH")
+        else:
+            found |= dict.fromkeys(tasks, item)
+    if not {*found} <= {*tasks}:
+        parser.error(f"{flag} {', '.join(items)}: not all are of --tasks {','.join(tasks)}")
+    return found
+
+
+# ---- 1. Prompts: what is asked -----------------------------------------------------------------
+
 
 def draw_shots(pool, k, rows, draw="random"):
-    """k worked examples for each row, from one stream with lm_eval's seed: the order of rows matters.
+    """k worked examples for each row, from one stream with lm_eval's seed, so in the order of rows.
 
-    draw: "random"; "first": the pool's first k for every row; "others": one more, and the row itself is left
-    out. lm_eval does that wherever a task names no test split, though the pool is another split then, too.
+    draw: "random"; "first": the pool's first k; "others": one more, and the row itself is left out.
+    That lm_eval does where a task names no test split, though the pool is another split there, too.
     """
-    stream, drawn = random.Random(1234), []
+    stream = random.Random(1234)
+    drawn = []
     for row in rows:
-        if not k or draw == "first":
+        if k == 0 or draw == "first":
             some = pool[:k]
         elif draw == "random":
             some = stream.sample(pool, k)
         else:
             some = [shot for shot in stream.sample(pool, k + 1) if shot != row][:k]
-            if len(some) < k:               # the pool has it twice
+            if len(some) < k:  # the pool has it twice
                 some = stream.sample([shot for shot in pool if shot != row], k)
         drawn.append(some)
     return drawn
 
-def build_prompt(task, row, shots, question, tokenizer=None):
+
+def build_prompt(problem, shots, question, tokenizer=None):
     """'Question: 1+1?\\nAnswer: 2\\n\\n' per example, then 'Question: 2+2?\\nAnswer:' without a blank.
 
-    With a tokenizer as a conversation in its chat template: an example is a turn of each side, a begun answer
-    is the assistant's.
+    shots: (question, answer) each. With a tokenizer as a conversation in its chat template: an example
+    is a turn of each side, a begun answer is the assistant's.
     """
-    described, begun, examples = task.describe(row), task.begin(row), [*map(task.example, shots)]
+    described, begun = problem.get("description"), problem.get("begun")
     if not tokenizer:
-        return described + "".join(f"{asked} {answer}\n\n" for asked, answer in examples) + question + begun
-    turns = [("system", described)] if described else []        # only MMLU describes itself
-    for asked, answer in examples:
+        examples = [f"{asked} {answer}\n\n" for asked, answer in shots]
+        return "".join([described or "", *examples, question, begun or ""])
+    turns = [("system", described)] if described else []  # only MMLU describes itself
+    for asked, answer in shots:
         turns += [("user", asked), ("assistant", answer)]
-    turns += task.dialogue(row) if task.dialogue else [("user", question)]
-    turns += [("assistant", begun)] if begun else []
-    return render(tokenizer, turns)
+    turns += problem.get("turns") or [("user", question)]
+    return render(tokenizer, [*turns, ("assistant", begun)] if begun else turns)
+
 
 def render(tokenizer, turns, done=False):
-    """[(role, text)] in the chat template, up to where the assistant goes on; done: up to the end."""
-    messages, begun = [{"role": role, "content": text} for role, text in turns], turns[-1][0] == "assistant"
-    template = partial(tokenizer.apply_chat_template, tokenize=False, add_generation_prompt=not begun,
-                       continue_final_message=begun and not done)
-    for some in (messages, [message for message in messages if message["role"] != "system"]):
-        with suppress(TemplateError):       # some templates refuse a system turn: lm_eval leaves it out
-            return template(some)
-    die(f"the chat template refuses this conversation, with and without system turn: {messages!r:.300}")
+    """[(role, text)] in the chat template, to where the assistant goes on; done: to the end."""
+    begun = turns[-1][0] == "assistant"
+    how = {"add_generation_prompt": not begun, "continue_final_message": begun and not done}
+    for skipped in (None, "system"):
+        messages = [{"role": role, "content": text} for role, text in turns if role != skipped]
+        with suppress(TemplateError):  # some templates refuse a system turn: lm_eval leaves it out
+            return tokenizer.apply_chat_template(messages, tokenize=False, **how)
+    die(f"the chat template refuses this conversation, also without system turn: {turns!r:.300}")
 
-def encode(tokenizer, prompt, special=True):
-    """Token ids, with the BOS this tokenizer adds, unless the text (a rendered template) begins with it."""
+
+def tokenize(tokenizer, prompt, special=True):
+    """Token ids, with the BOS that this tokenizer adds, unless the text begins with it already."""
     own = tokenizer.bos_token is not None and prompt.startswith(tokenizer.bos_token)
     return tokenizer(prompt, add_special_tokens=special and not own).input_ids
 
 
-# ---- 2. Responses: what the model says ---------------------------------------------------------------------
+# ---- 2. Responses: what the model says ---------------------------------------------------------
+
+TOKENS_PER_PASS = 1024  # of prompts; on a CPU eight of 1000 are read faster one by one than at once
+KEYS_AND_VALUES = {"DynamicLayer", "DynamicSlidingWindowLayer"}  # caches, see Policy
+
 
 @torch.no_grad()
-def generate(model, tokenizer, prompts, stop, max_new_tokens, temperature, batch, name=""):
-    """Prompts, lists of token ids -> responses, as text up to the first stop string.
+def generate(policy, prompts, stop, max_new_tokens, temperature, batch_size, name=""):
+    """Prompts, lists of ids -> (text up to the first stop, was it cut by max_new_tokens?) for each.
 
-    By transformers' generate, not by a loop as in gsil.py: penalties and EOS tokens in the generation config
-    belong to the model here, as they do in lm_eval. The longest prompts come first, so that too little memory
-    shows at once.
+    By transformers' generate, not by a loop as in gsil.py: penalties and EOS tokens in the generation
+    config belong to the model here, as they do in lm_eval.
     """
-    stop = [*stop, tokenizer.eos_token]
-    reach = max(len(text.encode()) for text in stop) + 2            # as many tokens surely hold a stop string
-    ends = model.generation_config.eos_token_id                     # an id, a list of ids or None
+    model, tokenizer, _, kinds = policy
+    config = model.generation_config
+    stop = [*stop, *(config.stop_strings or []), tokenizer.eos_token]
+    reach = max(len(text.encode()) for text in stop) + 2  # so many tokens surely hold a stop
+    ends = config.eos_token_id  # an id, a list of ids or None
     ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
-    responses, order = [""] * len(prompts), sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    for rows in tqdm(chunks(order, batch), desc=name, leave=False, disable=None):
-        padded = tokenizer.pad({"input_ids": [prompts[i] for i in rows]}, padding_side="left",
-                               return_tensors="pt").to(model.device)        # ids and mask, (B, P) each
-        width = padded.input_ids.shape[1]
+    ahead = kinds == {"DynamicLayer"} and not config.cache_implementation and (config.num_beams or 1) == 1
+    # The longest first: too little memory shows at once. Pads would change states other than keys and
+    # values: a model that has some reads prompts of one length together.
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    groups = groupby(order, lambda i: kinds <= KEYS_AND_VALUES or len(prompts[i]))
+    size = 1 if kinds == {"NoneType"} else batch_size  # RWKV, one of these, mixes rows up
+    batches = [rows for _, group in groups for rows in chunks([*group], size)]
+    responses = [None] * len(prompts)
+    finite = [lambda ids, logits: no_nan(logits, name)]
+    for rows in tqdm(batches, desc=name, leave=False, disable=None):
+        some = [prompts[i] for i in rows]
+        inputs = tokenizer.pad({"input_ids": some}, padding_side="left", return_tensors="pt")
+        width = inputs.input_ids.shape[1]  # ids and mask are (B, P)
 
-        def stopped(ids, scores, **_):          # (B, T) -> (B,): saves time, `cut` decides; generate's own
-            # stop_strings would also match across the end of the prompt
-            tails = tokenizer.batch_decode(ids[:, max(width, ids.shape[1] - reach):])
-            return torch.tensor([any(text in tail for text in stop) for tail in tails], device=ids.device)
+        # Saves time, `cut` decides. generate's own stop_strings also match across the prompt's end.
+        def stopped(ids, scores, width=width, **_):  # (B, T) -> (B,)
+            tails = tokenizer.batch_decode(ids[:, max(width, ids.shape[1] - reach) :])
+            found = [any(text in tail for text in stop) for tail in tails]
+            return torch.tensor(found, device=ids.device)
 
-        out = model.generate(**padded, max_new_tokens=max_new_tokens, do_sample=temperature > 0,
-                             temperature=temperature or None, top_k=0, top_p=1.0, eos_token_id=sorted(ends),
-                             pad_token_id=tokenizer.pad_token_id, use_cache=True, stopping_criteria=[stopped],
-                             logits_processor=[lambda ids, logits: no_nan(logits, name)])   # (B, P + R)
-        for i, text in zip(rows, tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)):
-            responses[i] = cut(text, stop)
+        if ahead and min(map(len, some)) > 1:
+            inputs["past_key_values"] = read_ahead(model, some, max_new_tokens)
+        how = {"do_sample": temperature > 0, "temperature": temperature or None, "top_k": 0, "top_p": 1.0}
+        how |= {"eos_token_id": sorted(ends), "pad_token_id": tokenizer.pad_token_id, "stop_strings": None}
+        how |= {"stopping_criteria": [stopped], "logits_processor": finite}
+        inputs = inputs.to(model.device)
+        out = model.generate(**inputs, **how, max_new_tokens=max_new_tokens, use_cache=True)
+        out = out[:, width:]  # (B, R)
+        texts = tokenizer.batch_decode(out, skip_special_tokens=True)
+        for i, ids, text, raw in zip(rows, out.tolist(), texts, tokenizer.batch_decode(out)):
+            responses[i] = cut(text, stop), not ends & {*ids} and cut(raw, stop) == raw
     return responses
 
-def pad(rows, side, device):
-    """[[5, 6], [7]] -> ids [[5, 6], [7, 0]], mask [[1, 1], [1, 0]] for side "right"; (B, T), long."""
-    ids = [torch.tensor(row, dtype=torch.long) for row in rows]
-    masks = [torch.ones_like(row) for row in ids]
-    return [pad_sequence(part, batch_first=True, padding_side=side).to(device) for part in (ids, masks)]
-
-def no_nan(logits, name):
-    """The argmax of NaNs would be taken for an answer. Any shape."""
-    return logits if not logits.isnan().any() else die(
-        f"{name}: the model's logits are NaN: broken weights, or a --dtype of too small range")
 
 def cut(text, stop):
     """cut('18\\n\\nQ: Why?', ['Q:', '\\n\\n']) -> '18'."""
@@ -196,136 +241,216 @@ def cut(text, stop):
     return text
 
 
-# ---- 3. Choices: which continuation is the likeliest? ------------------------------------------------------
+def no_nan(logits, name):
+    """The argmax of NaNs would be taken for an answer. Any shape."""
+    if logits.isnan().any():
+        die(f"{name}: the model's logits are NaN: broken weights, or a --dtype of too small range")
+    return logits
 
-def encode_pair(tokenizer, context, continuation):
-    """Ids of both; blanks that end a context belong to the continuation.
 
-    Both are encoded as one text and cut where the context alone would end. A token that spans the cut is
-    scored by its part behind it, as lm_eval does.
+def read(model, contexts):
+    """One pass over contexts, padded on the left -> output (cache, last logits), mask (B, P)."""
+    ids = pad(contexts, "left", model.device)  # (B, P)
+    mask = pad([[1] * len(context) for context in contexts], "left", model.device)  # (B, P)
+    where = (mask.cumsum(1) - 1).clamp(min=0)  # pads do not count
+    return model(ids, attention_mask=mask, position_ids=where, use_cache=True, logits_to_keep=1), mask
+
+
+def read_ahead(model, prompts, room):
+    """The cache of all prompts, but for their last tokens, from which generate goes on.
+
+    It has room for so many more tokens: transformers' own is copied as a whole at each of them.
     """
-    start = encode(tokenizer, context.rstrip())
-    return start, encode(tokenizer, context + continuation)[len(start):]
+    width = max(map(len, prompts)) - 1
+    parts = chunks([prompt[:-1] for prompt in prompts], max(1, TOKENS_PER_PASS // width))
+    caches = [read(model, part)[0].past_key_values for part in parts]
+    for layers in zip(*[cache.layers for cache in caches]):
+        sides = [layer.keys for layer in layers], [layer.values for layer in layers]  # (b, heads, w, D)
+        keys, values = [  # (B, heads, width + room, D)
+            torch.cat([F.pad(states, (0, 0, width - states.shape[2], room)) for states in side])
+            for side in sides
+        ]
+        for layer in layers:  # what is copied is freed
+            layer.keys = layer.values = None
+        layers[0].keys, layers[0].values = keys[:, :, :width], values[:, :, :width]
+        layers[0].update = partial(append, layers[0], keys, values)
+    return caches[0]
+
+
+def append(layer, all_keys, all_values, keys, values, *_, **__):
+    """What a layer of the cache does with the keys and values, (B, heads, T, D), of new tokens."""
+    start = layer.keys.shape[2]
+    end = start + keys.shape[2]
+    all_keys[:, :, start:end], all_values[:, :, start:end] = keys, values
+    layer.keys, layer.values = all_keys[:, :, :end], all_values[:, :, :end]
+    return layer.keys, layer.values
+
+
+def respond(name, task, problems, shots, policy, args):
+    """A sample per problem: prompt, responses, what was found in them, metrics."""
+    chat, longest = args.chat or task.always_chat, args.max_new_tokens or task.max_new_tokens
+    room = policy.window - longest  # of the prompt
+    if room < 1:
+        die(f"{name}: {longest} new tokens exceed the window, {policy.window}: lower --max-new-tokens")
+    template = policy.tokenizer if chat else None
+    samples, prompts = [], []
+    for problem, some in zip(problems, shots):
+        prompt = build_prompt(problem, some, problem.get("question"), template)
+        ids = tokenize(policy.tokenizer, prompt, special=not task.always_chat)
+        prompts += [ids[-room:]] * args.samples  # too long, it loses its beginning, as in lm_eval
+        samples.append({"prompt": prompt, "truncated": len(ids) > room, "metrics": {}})
+    stop = () if chat and "turns" in problems[0] else task.stop
+    torch.manual_seed(args.seed)
+    found = generate(policy, prompts, stop, longest, args.temperature, args.batch_size, name)
+    for sample, some in zip(samples, chunks(found, args.samples)):
+        sample["responses"] = [text for text, _ in some]
+        sample["empty"] = sum(not text.strip() for text, _ in some)
+        sample["unfinished"] = sum(was_cut for _, was_cut in some)
+    if task.score:
+        scores = task.score(task, problems, [sample["responses"] for sample in samples])
+        samples = [sample | score for sample, score in zip(samples, scores)]
+    return samples
+
+
+# ---- 3. Choices: which continuation is the likeliest? ------------------------------------------
+
 
 @torch.no_grad()
-def loglikelihoods(model, problems, batch, name=""):
-    """log p(continuation | context) in nats: [[(ids, ids) per choice] per problem] -> floats of that shape.
+def loglikelihoods(policy, problems, batch_size, name=""):
+    """log p(continuation | context) in nats: [[(ids, ids) per choice] per problem] -> floats alike.
 
-    A context that choices of a problem have in common is read once; their continuations go on from its cache.
-    Where these are one token each, the first pass has all there is.
+    A context that choices of a problem have in common is read once; their continuations go on from its
+    cache. Where these are one token each, the first pass has all there is.
     """
-    readers = {}                            # (problem, context) -> the choices that go on from it
+    model = policy.model
+    if not policy.kinds <= KEYS_AND_VALUES:
+        return whole_loglikelihoods(model, problems, batch_size, name)
+    readers = {}  # (problem, context) -> the choices that go on from it
     for p, choices in enumerate(problems):
         for c, (context, _) in enumerate(choices):
             readers.setdefault((p, tuple(context)), []).append(c)
-    parts = sorted(readers.items(), key=lambda part: -len(part[0][1]))      # longest first, as in generate
-    values, most = [[0.0] * len(choices) for choices in problems], max(map(len, readers.values()))
-    for some in tqdm(chunks(parts, max(1, batch // most)), desc=name, leave=False, disable=None):
-        ids, mask = pad([context for (_, context), _ in some], "left", model.device)            # (B, P) each
-        positions = (mask.cumsum(1) - 1).clamp(min=0)           # pads do not count
-        out = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True,
-                    logits_to_keep=1)
-        cache = getattr(out, "past_key_values", None)
-        kinds = {type(layer) for layer in getattr(cache, "layers", [None])}
-        if not kinds <= {DynamicLayer, DynamicSlidingWindowLayer}:          # a hybrid is a DynamicLayer, too
-            die(f"{name}: the model has states other than keys and values, as Mamba: pads would change them")
-        # A row of the batch, with its cache, is repeated for each choice that goes on from it: B become C.
+    parts = sorted(readers.items(), key=lambda part: -len(part[0][1]))  # longest first, as in generate
+    size = max(1, batch_size // max(map(len, readers.values())))
+    values = [[0.0] * len(choices) for choices in problems]
+    for some in tqdm(chunks(parts, size), desc=name, leave=False, disable=None):
+        out, mask = read(model, [context for (_, context), _ in some])  # mask (B, P)
+        # A row, with its cache, is repeated for each choice that goes on from it: B become C.
         owner = [b for b, (_, cs) in enumerate(some) for _ in cs]
         asked = [(p, c) for (p, _), cs in some for c in cs]
         rests = [problems[p][c][1] for p, c in asked]
-        logits = out.logits[owner]                                                              # (C, 1, V)
+        logits = out.logits[owner]  # (C, 1, V)
         if max(map(len, rests)) > 1:
-            ids, rest_mask = pad([rest[:-1] for rest in rests], "right", model.device)          # (C, R) each
-            mask = torch.cat([mask[owner], rest_mask], 1)                                       # (C, P + R)
+            ids = pad([rest[:-1] or [0] for rest in rests], "right", model.device)  # (C, R)
+            new = pad([[1] * (len(rest) - 1) or [0] for rest in rests], "right", model.device)  # (C, R)
+            mask = torch.cat([mask[owner], new], 1)  # (C, P + R)
+            where = (mask.cumsum(1) - 1)[:, -ids.shape[1] :]  # (C, R)
+            cache = out.past_key_values
             cache.batch_select_indices(torch.tensor(owner, device=model.device))
-            more = model(input_ids=ids, attention_mask=mask, past_key_values=cache,
-                         position_ids=(mask.cumsum(1) - 1)[:, -ids.shape[1]:]).logits           # (C, R, V)
-            logits = torch.cat([logits, more], 1)               # at t they predict token t of the rest
-        logps = no_nan(logits.log_softmax(-1), name)            # in the model's dtype, as in lm_eval
+            more = model(
+                ids, attention_mask=mask, position_ids=where, past_key_values=cache
+            ).logits  # (C, R, V)
+            logits = torch.cat([logits, more], 1)  # at t they predict token t of the rest
+        logps = no_nan(logits.log_softmax(-1), name)  # in the model's dtype, as in lm_eval
         for (p, c), rest, row in zip(asked, rests, logps):
             values[p][c] = row[range(len(rest)), rest].sum().item()
     return values
 
-def best(values):
-    return values.index(max(values))        # of equals the first, as numpy's argmax
 
-# What is made of the log-likelihoods of a row's choices, gold being the index of the right one.
-def acc(row, choices, lls, gold):
-    return float(best(lls) == gold)
+def whole_loglikelihoods(model, problems, batch_size, name):
+    """The same for other states than keys and values: pads come behind all that is scored."""
+    pairs = [(p, c, *pair) for p, choices in enumerate(problems) for c, pair in enumerate(choices)]
+    pairs.sort(key=lambda pair: -len(pair[2] + pair[3]))
+    values = [[0.0] * len(choices) for choices in problems]
+    for some in tqdm(chunks(pairs, batch_size), desc=name, leave=False, disable=None):
+        ids = pad([(context + rest)[:-1] for *_, context, rest in some], "right", model.device)  # (B, T)
+        logps = no_nan(model(ids, use_cache=False).logits.log_softmax(-1), name)  # (B, T, V)
+        for (p, c, context, rest), row in zip(some, logps):
+            steps = range(len(context) - 1, len(context) + len(rest) - 1)
+            values[p][c] = row[steps, rest].sum().item()
+    return values
 
-def acc_norm(row, choices, lls, gold):      # per character, without the blank in front
-    return float(best([ll / len(choice) for ll, choice in zip(lls, choices)]) == gold)
 
-def true_mass(row, choices, lls, gold):     # mc2: what part of the probability do true answers have?
-    masses = [math.exp(ll - max(lls)) for ll in lls]
-    return sum(mass for mass, true in zip(masses, row["mc2_targets"]["labels"]) if true) / sum(masses)
+def measure(problem, lls):
+    """What log-likelihoods of a problem's choices count; gold is the index of the right one."""
+    norm = [ll / max(1, len(choice)) for ll, choice in zip(lls, problem["choices"])]  # per character
+    acc = float(lls.index(max(lls)) == problem["gold"])  # of equals the first
+    if "labels" in problem:  # truthfulqa_mc2: the true answers' part of the probability
+        masses = [math.exp(ll - max(lls)) for ll in lls]
+        acc = sum(mass for mass, true in zip(masses, problem["labels"]) if true) / sum(masses)
+    return {"acc,none": acc, "acc_norm,none": float(norm.index(max(norm)) == problem["gold"])}
 
-def choose(task, name, rows, shots, policy, args):
-    """A sample per row: contexts (mostly one), continuations, their log-likelihoods, metrics."""
-    samples, problems = [], []
-    for row, some in zip(rows, shots):
-        prompts = [build_prompt(task, row, some, question, args.chat and policy.tokenizer)
-                   for question, _ in task.options(row)]
-        said = [choice if args.chat else f" {choice}" for _, choice in task.options(row)]
-        pairs = [encode_pair(policy.tokenizer, *pair) for pair in zip(prompts, said)]
-        for prompt, text, (context, rest) in zip(prompts, said, pairs):
-            if not (context and 0 < len(rest) <= policy.window):
-                die(f"{name}: {len(rest)} tokens to score should be 1 to {policy.window}, the model's "
-                    f"window, after at least 1 of context: {text!r:.200} after {prompt[-100:]!r}")
+
+def choose(name, task, problems, shots, policy, args):
+    """A sample per problem: contexts (mostly one), continuations, log-likelihoods, metrics."""
+    tokenizer, window = policy.tokenizer, policy.window
+    samples, asked = [], []
+    for problem, some in zip(problems, shots):
+        template = tokenizer if args.chat else None
+        prompts = [build_prompt(problem, some, asks, template) for asks in problem["questions"]]
+        said = [choice if args.chat else f" {choice}" for choice in problem["choices"]]
+        # Blanks that end a prompt belong to the continuation. Both are encoded as one text and cut where
+        # the prompt alone would end: of a token that spans the cut the rest is scored, as in lm_eval.
+        starts = {prompt: tokenize(tokenizer, prompt.rstrip()) for prompt in {*prompts}}
+        pairs = []
+        for prompt, text in zip(prompts, said):
+            context = starts[prompt]
+            rest = tokenize(tokenizer, prompt + text)[len(context) :]
+            if not (context and 0 < len(rest) <= window):
+                die(f"{name}: {len(rest)} tokens, should be 1 to {window}: {text!r:.200} after {prompt!r}")
+            pairs.append((context, rest))
         # One more than the window: the last token is predicted and never read.
-        problems.append([(context[-(policy.window + 1 - len(rest)):], rest) for context, rest in pairs])
-        samples.append({"prompts": [*dict.fromkeys(prompts)], "continuations": said,
-                        "truncated": max(len(context + rest) for context, rest in pairs) > policy.window + 1})
-    found = loglikelihoods(policy.model, problems, args.batch_size, name)
-    for row, lls, sample in zip(rows, found, samples):
-        choices, gold = [choice for _, choice in task.options(row)], task.gold(row)
-        sample |= {"loglikelihoods": lls, "gold": gold, "metrics": {
-            f"{metric},none": measure(row, choices, lls, gold) for metric, measure in task.metrics.items()}}
+        asked.append([(context[-(window + 1 - len(rest)) :], rest) for context, rest in pairs])
+        truncated = max(len(context + rest) for context, rest in pairs) > window + 1
+        sample = {"prompts": [*dict.fromkeys(prompts)], "continuations": said}
+        samples.append(sample | {"truncated": truncated})
+    found = loglikelihoods(policy, asked, args.batch_size, name)
+    for problem, lls, sample in zip(problems, found, samples):
+        measured = measure(problem, lls)
+        metrics = {metric: measured[metric] for metric in task.counts}
+        sample |= {"loglikelihoods": lls, "gold": problem["gold"], "metrics": metrics}
     return samples
 
 
-# ---- 4. Answers: is the number right? ----------------------------------------------------------------------
+# ---- 4. What counts of a response: a number, or whether a program passes its tests -------------
+
 
 def find(pattern, which, text):
-    """The first (which 0) or last (-1) match, of it the first group that is not empty; or [invalid]."""
+    """The first (which 0) or last (-1) match, its first group that is not empty; or [invalid]."""
     found = re.findall(pattern, text)
-    groups = found[which] if found else ["[invalid]"]
+    if not found:
+        return "[invalid]"
+    groups = found[which]
     return (groups if isinstance(groups, str) else next(filter(None, groups))).strip()
 
+
 def normalize(text):
-    """What exact_match ignores on gsm8k: commas, dollars, all up to the last '#### ', a final point, case."""
-    for ignored in (",", r"\$", r"(?s).*#### ", r"\.$"):     # in this order
+    """What exact_match ignores: commas, dollars, all up to the last '#### ', a last point, case."""
+    for ignored in (",", r"\$", r"(?s).*#### ", r"\.$"):  # in this order
         text = re.sub(ignored, "", text)
     return text.lower()
 
-def final_answer(text):
-    """GSM8K's convention: what follows '####' on its line, without $ and commas; None without '####'."""
-    found = re.search(r"####[ $]*([^\n]+)", text)
-    return found and found[1].replace(",", "").strip(" .")
 
-def score_answers(task, rows, responses):
-    """By each filter: the answer found in a response, equal to the right one or not. A dict per row."""
+def score_answers(task, problems, responses):
+    """By each filter: is the answer found in a response the right one? A dict per problem."""
     scores = []
-    for row, texts in zip(rows, responses):
-        gold = task.reduce(row["answer"])
-        found = {name: [extract(text) for text in texts] for name, extract in task.filters.items()}
-        metrics = {f"exact_match,{name}": fmean(task.reduce(answer) == gold for answer in answers)
-                   for name, answers in found.items()}
+    for problem, texts in zip(problems, responses):
+        gold, found, metrics = problem["gold"], {}, {}
+        for name, extract in task.counts.items():
+            found[name] = [extract(text) for text in texts]
+            metrics[f"exact_match,{name}"] = fmean(task.reduce(each) == gold for each in found[name])
         scores.append({"gold": gold, "extracted": found, "metrics": metrics})
     return scores
 
 
-# ---- 5. Programs: do they pass their tests? ----------------------------------------------------------------
-
-# code_eval gives 3 s by the clock. Here Python starts in it, too: 4 s, both of CPU time and by the clock.
+# code_eval gives 3 s by the clock. Here Python starts in it, too: 4 s, of CPU time and by the clock.
 SECONDS = 3.0
 
-# A program's own process: its limits, then no input and no output, then the program. Only one that comes to
-# its end has the nonce said for it: neither an exception nor sys.exit(0) gets there.
+# A program's own process: its limits, then no input and no output, then the program. Only one that
+# comes to its end asks for the secret and gives it back: neither an exception nor sys.exit(0) does.
 RUNNER = r"""
 import json, os, resource, sys
-program, nonce, seconds = json.load(sys.stdin)
-answer, nowhere = os.dup(1), os.open(os.devnull, os.O_RDWR)
+program, seconds = json.loads(sys.stdin.readline())
+source, answer, nowhere = os.dup(0), os.dup(1), os.open(os.devnull, os.O_RDWR)
 for stream in (0, 1, 2):
     os.dup2(nowhere, stream)
 for name, most in dict(AS=4 << 30, CPU=int(seconds) + 1, FSIZE=1 << 20, CORE=0, NPROC=0).items():
@@ -333,331 +458,434 @@ for name, most in dict(AS=4 << 30, CPU=int(seconds) + 1, FSIZE=1 << 20, CORE=0, 
         resource.setrlimit(getattr(resource, "RLIMIT_" + name), (most, most))
     except (ValueError, OSError, AttributeError):
         pass
-write, leave = os.write, os._exit
+read, write, leave = os.read, os.write, os._exit
 exec(compile(program, "candidate.py", "exec"), {})
-write(answer, nonce.encode())
+write(answer, b"?")
+write(answer, read(source, 16))
 leave(0)
 """
 
+
 def passes(program, seconds=SECONDS):
-    """Does a program come to its end, in time and without an exception? Not a sandbox: see README."""
-    nonce = secrets.token_hex(16)
+    """Does a program come to its end, in time and without an exception?
+
+    Not a sandbox: it may use the network, read your files and this process's environment, stop this
+    process, or do as RUNNER does and say that it passed. Run it in a container.
+    """
+    secret = secrets.token_bytes(16)
+    deadline = time.monotonic() + seconds + 1
+    task = json.dumps([program, seconds]).encode() + b"\n"
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        clean = {"PATH": os.environ.get("PATH", ""), "HOME": folder, "TMPDIR": folder,
-                 "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}       # and none of your secrets
-        child = subprocess.Popen([sys.executable, "-I", "-c", RUNNER], cwd=folder, env=clean, text=True,
-                                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                                 start_new_session=True)
-        try:
-            said = child.communicate(json.dumps([program, nonce, seconds]), timeout=seconds + 1)[0]
-        except (subprocess.TimeoutExpired, UnicodeDecodeError):
-            said = ""
-        finally:
+        own = {"PATH": os.environ.get("PATH", ""), "HOME": folder, "TMPDIR": folder}
+        own |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+        how = {
+            "cwd": folder,
+            "env": own,
+            "start_new_session": True,
+            "stderr": subprocess.DEVNULL,
+            "bufsize": 0,
+        }
+        command, pipe = [sys.executable, "-I", "-c", RUNNER], subprocess.PIPE
+        with subprocess.Popen(command, stdin=pipe, stdout=pipe, **how) as child:
+            passed = True
+            for said, answer in (
+                (task, b"?"),
+                (secret, secret),
+                (b"", b""),
+            ):  # at last, the end of its output
+                with suppress(BrokenPipeError):
+                    child.stdin.write(said)
+                left = max(0, deadline - time.monotonic()) if passed else 0
+                ready, _, _ = select.select([child.stdout], [], [], left)
+                passed = passed and bool(ready) and child.stdout.read(16) == answer
             with suppress(ProcessLookupError):
-                os.killpg(child.pid, signal.SIGKILL)        # with everything it has started
-            child.wait()
-    return said == nonce
+                os.killpg(child.pid, signal.SIGKILL)  # with everything it has started
+    return passed
+
 
 def pass_at_k(n, passed, k):
-    """Chance that of k samples out of these n at least one passes: unbiased (arXiv 2107.03374, eq. 1)."""
+    """Chance that of k out of these n samples one passes: unbiased (arXiv 2107.03374, eq. 1)."""
     return 1.0 - math.comb(n - passed, k) / math.comb(n, k)
 
-def score_programs(task, rows, responses):
-    """prompt + response + tests, run; pass@k for the k that the samples suffice for. A dict per row."""
-    n, [(name, extract)] = len(responses[0]), task.filters.items()
-    codes = [[row["prompt"] + extract(text) for text in texts] for row, texts in zip(rows, responses)]
-    tests = [f"{row['test']}\ncheck({row['entry_point']})" for row in rows]
-    programs = [f"{code}\n{test}" for some, test in zip(codes, tests) for code in some]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:        # threads suffice, each waits for its process
-        ran = list(tqdm(pool.map(passes, programs), "programs", len(programs), leave=False, disable=None))
+
+def score_programs(task, problems, responses):
+    """prompt + response + tests, run; pass@k for all k that n samples suffice for. A dict each."""
+    n, [(name, extract)] = len(responses[0]), task.counts.items()
+    scores, programs = [], []
+    for problem, texts in zip(problems, responses):
+        codes = [problem["code"] + extract(text) for text in texts]
+        programs += [f"{code}\n{problem['gold']}" for code in codes]
+        scores.append({"gold": problem["gold"], "extracted": {name: codes}})
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # threads suffice, each waits for its process
+        ran = pool.map(passes, programs)
+        ran = list(tqdm(ran, "programs", len(programs), leave=False, disable=None))
     ks = [k for k in (1, 2, 5, 8, 10, 16, 32, 64, 100) if k <= n]
-    return [{"gold": test, "extracted": {name: some}, "passed": passed,
-             "metrics": {f"pass@{k},{name}": pass_at_k(n, sum(passed), k) for k in ks}}
-            for test, some, passed in zip(tests, codes, chunks(ran, n))]
+    for score, passed in zip(scores, chunks(ran, n)):
+        metrics = {f"pass@{k},{name}": pass_at_k(n, sum(passed), k) for k in ks}
+        score |= {"passed": passed, "metrics": metrics}
+    return scores
 
 
-# ---- 6. Rewards: which of two responses does a reward model prefer? ----------------------------------------
+# ---- 5. The judgement of others: a reward model; FastChat's judge of MT-Bench ------------------
 
-def read_dialogue(row):
-    """Turns up to the response, as (role, text); the same as text; the response, "" without one.
-
-    Of an HH transcript in chosen, '\\n\\nHuman: Hi\\n\\nAssistant: Hello': [("user", "Hi")], all to the last
-    '\\n\\nAssistant:', 'Hello'. Or of a column prompt or question, and chosen, response or answer.
-    """
-    text, response = (next((row[key] for key in keys if isinstance(row.get(key), str)), "")
-                      for keys in (("prompt", "question"), ("chosen", "response", "answer")))
-    if not text:                            # an HH transcript
-        before, mark, response = response.rpartition("\n\nAssistant:")
-        text = before + mark
-    elif not text.startswith("\n\nHuman:"):
-        text = f"\n\nHuman: {text}"
-    if not text.rstrip().endswith("\n\nAssistant:"):
-        text += "\n\nAssistant:"
-    parts = re.split(r"\n\n(Human|Assistant):", text)[1:]
-    turns = [("user" if who == "Human" else "assistant", said.strip())
-             for who, said in zip(parts[::2], parts[1::2])]
-    return turns[:-1], text, response.strip()
-
-def reward_ids(tokenizer, beaver, turns, response):
-    """What a reward model reads: the conversation in its own format, up to the EOS that ends the response.
-
-    A chat template, as irft.py trains; beaver: 'BEGINNING OF CONVERSATION: USER: Hi ASSISTANT:Hello</s>'.
-    """
-    answered = turns + [("assistant", response)]
-    if beaver:
-        said = (f"USER: {text} " if role == "user" else f"ASSISTANT:{text}{tokenizer.eos_token}"
-                for role, text in answered)
-        return encode(tokenizer, "BEGINNING OF CONVERSATION: " + "".join(said))
-    prompt, both = render(tokenizer, turns), render(tokenizer, answered, done=True)
-    if not both.startswith(prompt):
-        die("--reward-model: its chat template changes the prompt once it is answered")
-    start, ids = (encode(tokenizer, text, special=False) for text in (prompt, both))
-    if ids[:len(start)] != start:           # a token spans the cut: each alone, as in irft.py
-        ids = start + encode(tokenizer, both[len(prompt):], special=False)
-    ids.append(tokenizer.eos_token_id)
-    return ids[:ids.index(tokenizer.eos_token_id, len(start)) + 1]
 
 def load_reward(path, args):
-    """Classifier with one output, its tokenizer, and whether it is of beaver's kind."""
-    # beaver's class, of safe-rlhf, names its head otherwise and reads conversations in a format of its own
-    model, tokenizer = load_both(AutoModelForSequenceClassification, path, "a classifier with one label",
-                                 args, num_labels=1, key_mapping={"^score_head": "score"})
-    beaver = any("ForScore" in kind for kind in model.config.architectures or [])
-    if not beaver and not tokenizer.chat_template:
-        die(f"--reward-model {path}: has no chat template, so how it reads a conversation is not known")
-    print(f"{path}: reads {'beaver prompts' if beaver else 'its chat template'}, up to EOS")
-    model.config.get_text_config().pad_token_id = None          # else it might read before an EOS that is pad
-    return model, tokenizer, beaver
+    """A classifier with one output, which is the reward, and its tokenizer."""
+    model, tokenizer = load_model("AutoModelForSequenceClassification", path, args)
+    if model.config.num_labels != 1 or not tokenizer.chat_template:
+        die(f"--reward-model {path}: needed are num_labels=1, the reward, and a chat template")
+    model.config.get_text_config().pad_token_id = None  # else it may read before an EOS that is pad
+    return model, tokenizer
+
+
+def reward_ids(tokenizer, turns, response):
+    """What a reward model reads, as irft.py trains it: the chat, up to the EOS of the response."""
+    prompt = render(tokenizer, turns)
+    both = render(tokenizer, [*turns, ("assistant", response)], done=True)
+    if not both.startswith(prompt):
+        die("--reward-model: its chat template changes the prompt once it is answered")
+    start, ids = [tokenize(tokenizer, text, special=False) for text in (prompt, both)]
+    if ids[: len(start)] != start:  # a token spans the cut: each alone, as in irft.py
+        ids = start + tokenize(tokenizer, both[len(prompt) :], special=False)
+    ids.append(tokenizer.eos_token_id)
+    return ids[: ids.index(tokenizer.eos_token_id, len(start)) + 1]
+
 
 @torch.no_grad()
-def rewards(model, tokenizer, beaver, pairs):
-    """[(turns, response)] -> [(reward, tokens of the response)]. One at a time: no pads to be mistaken."""
+def rewards(model, tokenizer, pairs):
+    """[(turns, response)] -> [reward]. One at a time: there are no pads to be mistaken."""
     found = []
     for turns, response in tqdm(pairs, "rewards", leave=False, disable=None):
-        ids = torch.tensor([reward_ids(tokenizer, beaver, turns, response)], device=model.device)   # (1, T)
-        value = model(input_ids=ids).logits.float().item()
-        if not math.isfinite(value):
-            die(f"reward {value} of {response!r:.100}: broken weights, or a --dtype of too small range")
-        found.append((value, len(encode(tokenizer, response, special=False))))
+        ids = torch.tensor([reward_ids(tokenizer, turns, response)], device=model.device)  # (1, T)
+        found.append(no_nan(model(ids).logits, "reward").item())
     return found
 
-def duel(ours, theirs):
-    """(reward, tokens) of both sides, by problem -> who wins how often, by how much, at what length."""
-    (a, a_tokens), (b, b_tokens) = zip(*ours), zip(*theirs)
-    wins, ties = sum(x > y for x, y in zip(a, b)), sum(x == y for x, y in zip(a, b))
-    found = compare(a, b)
-    return {"n": len(a), "wins": wins, "ties": ties, "losses": len(a) - wins - ties,
-            "win_rate": wins / len(a), "reward": fmean(a), "other_reward": fmean(b),
-            "difference": found["difference"], "half_width": found["half_width"],
-            "tokens": fmean(a_tokens), "other_tokens": fmean(b_tokens)}
 
-def judge(outcome, rows, reward_model, args):
+def judge(outcome, problems, reward_model, args):
     """Adds the duel of our responses with those of --compare, or with the data's own."""
-    turns, _, theirs = zip(*map(read_dialogue, rows))
-    if args.compare:
-        theirs = [sample["responses"][0].strip() for sample in outcome["compare"]["samples"]["reward"]]
     ours = [sample["responses"][0].strip() for sample in outcome["samples"]["reward"]]
-    reward_model[0].to(pick_device(args))
-    both = [rewards(*reward_model, [*zip(turns, side)]) for side in (ours, theirs)]
-    for sample, (reward, _), (other, _) in zip(outcome["samples"]["reward"], *both):
-        sample |= {"reward": reward, "other_reward": other}
-    outcome["duel"] = {"against": args.compare or "the data"} | duel(*both)
-    print_table(["reward", ""], [[key, value] for key, value in outcome["duel"].items()])
+    theirs = [problem["response"] for problem in problems]
+    if args.compare:
+        samples = outcome["compare"]["samples"]["reward"]
+        theirs = [sample["responses"][0].strip() for sample in samples]
+    turns = [problem["turns"] for problem in problems]
+    a, b = [rewards(*reward_model, [*zip(turns, side)]) for side in (ours, theirs)]
+    wins, ties = sum(x > y for x, y in zip(a, b)), sum(x == y for x, y in zip(a, b))
+    found = {"against": args.compare or "the data", "n": len(a), "wins": wins, "ties": ties}
+    found |= {"win_rate": wins / len(a), "reward": fmean(a), "other_reward": fmean(b)}
+    found |= compare(a, b)  # and the lengths, as reward models are known to prefer long responses
+    found |= {"characters": fmean(map(len, ours)), "other_characters": fmean(map(len, theirs))}
+    outcome["duel"] = found | {"rewards": a, "other_rewards": b}
+    print_table(["reward", ""], [*found.items()])
 
-
-# ---- 7. MT-Bench: two turns, for FastChat to judge ---------------------------------------------------------
 
 # By category, else 0.7: FastChat 0e6d3e4b, llm_judge/common.py
 TEMPERATURES = {"stem": 0.1, "humanities": 0.1, "extraction": 0, "math": 0, "coding": 0, "reasoning": 0}
 
-def answer_mt_bench(task, name, rows, shots, policy, args):
-    """Write FastChat's file, after each question; questions that have an answer in it already are skipped."""
-    file = Path(args.answers or "data/mt_bench/model_answer/{}.jsonl".format(
-        args.model.strip("./").replace("/", "-")))         # FastChat's name of a model is the file's
-    tokenizer, answers, samples = policy.tokenizer, read_answers(file), []
-    longest, room = limits(task, name, policy, args)       # room: of the prompt
-    left = [row for row in rows if row["question_id"] not in answers]
-    for row in tqdm(left, name, leave=False, disable=None):
-        torch.manual_seed(0)                # for each question, as FastChat does
-        turns, truncated = [], False
-        for question in row["turns"]:
+
+def answer_mt_bench(name, task, problems, shots, policy, args):
+    """Write FastChat's file, after each question; those that have an answer there are skipped."""
+    own = args.model.strip("./").replace("/", "-")  # FastChat calls the model as the file
+    file = Path(args.answers or f"data/mt_bench/model_answer/{own}.jsonl")
+    answers, samples = {}, []
+    for place, row in read_rows(str(file), "") if file.exists() else ():
+        if "choices" not in row:
+            die(f"{place}: should be an answer in FastChat's form, found {row!r:.100}")
+        answers[row["question_id"]] = row
+    for problem in tqdm(problems, name, leave=False, disable=None):
+        if problem["id"] in answers:
+            continue
+        turns, parts = [], []
+        for question in problem["questions"]:
             turns.append(("user", question))
-            ids = encode(tokenizer, render(tokenizer, turns), special=False)
-            truncated |= len(ids) > room
-            temperature = TEMPERATURES.get(row["category"], 0.7)
-            [text] = generate(policy.model, tokenizer, [ids[-room:]], (), longest, temperature, 1, name)
-            turns.append(("assistant", text.strip()))
+            how = {"temperature": TEMPERATURES.get(problem["category"], 0.7), "seed": 0, "samples": 1}
+            how = argparse.Namespace(**vars(args) | how)
+            parts += respond(name, task, [{"turns": turns}], [[]], policy, how)
+            turns.append(("assistant", parts[-1]["responses"][0].strip()))
         responses = [text for _, text in turns[1::2]]
-        samples.append({"responses": responses, "truncated": truncated, "metrics": {}})
-        answers[row["question_id"]] = {
-            "question_id": row["question_id"], "answer_id": secrets.token_hex(11), "model_id": file.stem,
-            "choices": [{"index": 0, "turns": responses}], "tstamp": time.time()}
-        write_answers(file, answers)
+        counted = {cause: sum(part[cause] for part in parts) for cause in CAUSES}
+        samples.append(counted | {"responses": responses, "metrics": {}})
+        answer = {"question_id": problem["id"], "answer_id": secrets.token_hex(11)}
+        answer |= {"model_id": file.stem, "choices": [{"index": 0, "turns": responses}]}
+        answers[problem["id"]] = answer | {"tstamp": time.time()}
+        write(file, "".join(json.dumps(answers[key]) + "\n" for key in sorted(answers)))
     print(f"{name}: {len(answers)} answers in {file}, {len(samples)} of them new")
     return samples
 
-def read_answers(file):
-    """{question_id: answer} so far, without a last line that an interrupted run has left unfinished."""
-    lines = file.read_text(encoding="utf-8").strip().split("\n") if file.exists() else []
-    answers = {}
-    for n, line in enumerate(lines, 1):
-        try:
-            answer = json.loads(line)
-            answers[answer["question_id"]] = answer
-        except (ValueError, KeyError, TypeError) as error:
-            if n < len(lines) or not isinstance(error, ValueError):
-                die(f"{file} line {n}: should be an answer in FastChat's form, found {line!r:.100}")
-            print(f"{file}: dropped its last line, which is unfinished")
-    return answers
 
-def write_answers(file, answers):
-    """Sorted by question; the file is there whole or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps(answers[key]) + "\n" for key in sorted(answers)]
-    unfinished = file.with_name(file.name + ".partial")
-    unfinished.write_text("".join(lines), encoding="utf-8")
-    os.replace(unfinished, file)
+# ---- 6. Data: as gsil.py and irft.py read it, the same text ------------------------------------
+
+# Columns of the prompt and of the response: of these pairs the first that a row has filled. Without
+# a prompt's column the other one is a conversation, whose last assistant turn is imitated.
+COLUMNS = [("prompt", "chosen"), (None, "chosen"), ("prompt", "response"), ("prompt", "completion")]
+COLUMNS += [("question", "answer"), ("instruction", "output"), (None, "real")]
+COLUMNS += [(None, "messages"), (None, "conversations")]
+ROLES = {"human": "user", "gpt": "assistant", "Human": "user", "Assistant": "assistant"}
+# A row or a turn with one of these says more than its text, and only text is trained on.
+BEYOND_TEXT = ["tools", "functions", "tool_calls", "function_call", "reasoning_content", "images"]
+BEYOND_TEXT += ["cells without a title"]
+UNUSABLE = (ValueError, TemplateError, AttributeError, KeyError, TypeError)  # what such rows raise
 
 
-# ---- 8. Tasks ----------------------------------------------------------------------------------------------
+def read_rows(path, split):
+    """Yields (place, row) of a file or Hub dataset: place is what an error names, row a dict of columns."""
+    kind = Path(path).suffix
+    if kind in (".jsonl", ".json", ".csv", ".parquet") and not Path(path).is_file():
+        die(f"{path}: no such file")
+    place = path
+    try:
+        if kind in (".jsonl", ".json"):
+            content = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf")  # Windows' mark of UTF-8
+            array = content.lstrip().startswith(b"[")  # of all rows, instead of an object on each line
+            for n, line in enumerate(json.loads(content) if array else content.split(b"\n"), 1):
+                place = f"{path} line {n}"  # not splitlines: a text may hold U+2028
+                if array or line.strip():
+                    yield place, line if array else json.loads(line)
+            return
+        if kind == ".csv":  # every cell is text: NA, None and 007 stay as they are
+            csv.field_size_limit(2**31 - 1)
+            with open(path, encoding="utf-8-sig", newline="") as file:
+                rows = list(csv.DictReader(file, restkey="cells without a title", strict=True))
+        elif kind == ".parquet":
+            rows = pyarrow.parquet.read_table(path).to_pylist()
+        else:
+            import datasets  # slow to import, and files do not need it
+
+            rows = datasets.load_dataset(path, split=split)
+        yield from ((f"{path} row {n}", row) for n, row in enumerate(rows, 1))
+    except (OSError, ValueError, csv.Error) as error:
+        accepted = "UTF-8 files .jsonl, .json, .csv; .parquet; the name of a Hub dataset within reach"
+        die(f"{place}: {str(error).splitlines()[0]}. Accepted are {accepted}")
+
+
+def to_messages(row):
+    """A row with any of COLUMNS -> messages, {"role", "content"}, the last one by the assistant.
+
+    Raises one of UNUSABLE, in words, if the row lacks something or has more than text.
+    """
+    if not isinstance(row, dict):
+        raise TypeError(f"not an object with columns, but {row!r:.60}")
+    filled = [name for name, value in row.items() if value is not None]
+    pairs = [pair for pair in COLUMNS if {*pair} - {None} <= {*filled}]
+    if not pairs:
+        accepted = "; ".join(" + ".join(filter(None, pair)) for pair in COLUMNS)
+        raise ValueError(f"found {', '.join(filled)}; accepted are the columns {accepted}")
+    before, after = pairs[0]
+    prompt, turns = row.get(before), row[after]
+    if before == "instruction" and row.get("input"):
+        prompt = f"{prompt}\n\n{row['input']}"
+    if isinstance(turns, str) and before:
+        turns = [{"role": "assistant", "content": turns}]
+    elif isinstance(turns, str):  # Anthropic's HH: "\n\nHuman: ...\n\nAssistant: ..."
+        beginning, *parts = re.split(r"\n\n(Human|Assistant):", turns)
+        if beginning.strip():
+            raise ValueError(f"a transcript begins with two newlines and Human:, not {turns!r:.40}")
+        turns = [{"role": who, "content": text.strip()} for who, text in zip(parts[::2], parts[1::2])]
+    messages = [to_message(turn) for turn in turns]
+    while messages and messages[-1]["role"] != "assistant":
+        messages.pop()
+    if before and messages and messages[0]["role"] == "assistant":  # else the prompt is among them
+        prompt = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
+        messages = [to_message(turn) for turn in prompt] + messages
+    if row.get("system") and messages and messages[0]["role"] != "system":
+        messages.insert(0, to_message({"role": "system", "content": row["system"]}))
+    if len(messages) < 2 or any((row.get(name) or "[]") != "[]" for name in BEYOND_TEXT):
+        raise ValueError(f"{after} has no prompt with a response behind it, or there is more than text")
+    return messages
+
+
+def to_message(turn):
+    """A turn with role and content, or from and value -> {"role", "content"}, both text."""
+    if not isinstance(turn, dict):
+        raise TypeError(f"not a turn with role and content, but {turn!r:.60}")
+    role = turn.get("role") or turn.get("from")
+    content = turn.get("value") if turn.get("content") is None else turn["content"]
+    if isinstance(content, list) and all(part.get("type") == "text" for part in content):
+        content = "".join(part["text"] for part in content)
+    beyond = [name for name in BEYOND_TEXT if (turn.get(name) or "[]") != "[]"]
+    if not isinstance(content, str) or beyond or (role != "system" and not content.strip()):
+        raise ValueError(f"a turn of the role {role} is empty or more than text")
+    content.encode()  # raises UnicodeEncodeError, a ValueError, for half an emoji
+    return {"role": ROLES.get(role, role), "content": content}
+
+
+def final_answer(text):
+    """What follows '####' on its line, as text: '#### $1,234.' -> '1234', '####7.0' -> '7.0'; else None.
+
+    GSM8K's convention. lm_eval's strict filter is narrower: one blank behind '####', no dollar.
+    """
+    found = re.search(r"####[^\S\n]*\$?([^\n]+)", text)
+    return found and found[1].replace(",", "").strip().rstrip(".")
+
+
+def pad(rows, side, device):
+    """[[5, 6], [7]] -> [[5, 6], [7, 0]] for side "right"; (B, T), long."""
+    return pad_sequence([torch.tensor(row) for row in rows], True, 0, side).to(device)
+
+
+def die(sentence):
+    """A person's mistake: one sentence on stderr, exit code 2."""
+    print(f"error: {sentence}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def load(kind, path, what, **options):
+    """kind.from_pretrained(path), or a sentence on what is wrong there."""
+    try:
+        return kind.from_pretrained(path, trust_remote_code=False, **options)
+    except Exception as error:  # noqa: BLE001 (the libraries' errors have nothing else in common)
+        if not Path(path).exists():
+            die(f"{path}: no such folder, and no such model on the Hub, or the Hub was not reached")
+        die(f"{path}: no {what} can be loaded from there: {' '.join(str(error).split()):.200}")
+
+
+class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """--help prints the docstring as it is, and the defaults where there are any."""
+
+    def _get_help_string(self, action):
+        return super()._get_help_string(action) if action.default else action.help
+
+
+# ---- 7. Tasks ----------------------------------------------------------------------------------
+
+
+class Row(dict):
+    """A row that knows which column it was last asked for: an error in a reader is about that one."""
+
+    column = ""
+
+    def __getitem__(self, column):
+        self.column = column
+        need(self.get(column) is not None, "is missing")
+        return self.get(column)
+
+
+def need(ok, expected):
+    """lm_eval scores many rows that lack what their task needs, silently."""
+    if not ok:
+        raise ValueError(expected)
+
 
 @dataclass(frozen=True)
 class Task:
-    """One benchmark; texts and names are those of its file in lm_eval 0.4.13, lm_eval/tasks/...
+    """One benchmark: what is asked, where a response stops, what counts; as in lm_eval/tasks.
 
-    It needs data, fields, and either options and gold (the model chooses) or question and score (it writes).
-    By name are asked for: MMLU, which has subjects, and WINOGRANDE, where a choice may be empty.
+    A problem has question, target, which is what a worked example answers, and gold; where the model
+    chooses, questions, one for each choice, and gold is an index; or turns, to go on with.
     """
-    data: tuple                                     # Hub name and configuration, or a file
-    fields: dict                                    # column: an example of what it holds
-    rules: tuple = ()                               # (column, row -> is it right?, what it should be)
-    splits: tuple = ("test", "train")               # of the problems, of the worked examples
-    shots: int | None = 0                           # worked examples; 0: always, None: 0 unless asked for
-    draw: str = "random"                            # see draw_shots
-    describe: Callable = lambda row: ""             # row -> what is said before all examples
-    # the model chooses
-    options: Callable | None = None                 # row -> [(what is asked, choice), ...]
-    gold: Callable = lambda row: 0                  # row -> index of the right one
-    metrics: dict = field(default_factory=lambda: {"acc": acc})
-    # the model writes
-    question: Callable | None = None                # row -> what is asked
-    target: Callable = lambda row: row["answer"]    # row -> what a worked example answers
-    begin: Callable = lambda row: ""                # row -> the answer's beginning, put into its mouth
-    dialogue: Callable | None = None                # row -> [(role, text)], where question has several turns
-    stop: tuple = ()                                # a response ends before any of these
+
+    read: Callable  # row -> problem
+    data: tuple  # Hub name and configuration
+    counts: dict | tuple  # filter -> what counts of a response; or metrics, see measure
+    run: Callable = respond
+    score: Callable | None = None  # task, problems, responses -> a dict per problem
+    reduce: Callable = normalize  # what counts of a response -> what is compared with gold
+    stop: tuple = ()  # a response ends before any of these
     max_new_tokens: int = 256
-    score: Callable | None = None                   # task, rows, responses -> a dict per row
-    filters: dict = field(default_factory=dict)     # name: response -> what counts of it
-    reduce: Callable = normalize                    # right answer and found answer -> what is compared
-    trained: bool = False                           # asks as the training scripts do: always the template
-    run: Callable | None = None                     # instead of `choose` or `respond`, where a task differs
+    splits: tuple = ("test", "train")  # of the problems, of the worked examples
+    shots: int | None = 0  # worked examples; 0: never any, None: none unless asked for
+    draw: str = "random"  # see draw_shots
+    always_chat: bool = False  # as the training scripts ask
 
-    def example(self, row):
-        """A worked example: what is asked, and its right answer."""
-        if self.options:
-            return self.options(row)[self.gold(row)]
-        return self.question(row), self.target(row)
 
-VALUE = ("answer", lambda row: re.search(r"#### +[^\n]*\w", row["answer"]),
-         "text that ends in '#### ' and the right value")
-ANSWERS = Task(
-    (str(TOY / "heldout.jsonl"),), {"question": "text", "answer": "text"}, (VALUE,),
-    question=lambda row: row["question"], score=score_answers, reduce=final_answer, trained=True,
-    filters={"final-answer": lambda text: find("####[^\n]+", 0, text)})
-GSM8K = Task(                           # gsm8k/gsm8k.yaml
-    ("openai/gsm8k", "main"), {"question": "text", "answer": "text"}, (VALUE,), shots=5,
-    question=lambda row: f"Question: {row['question']}\nAnswer:", stop=("Question:", "</s>", "<|im_end|>"),
-    score=score_answers, filters={
-        "strict-match": lambda text: find(r"#### (\-?[0-9\.\,]+)", 0, text),
-        "flexible-extract": lambda text: find(r"(-?[$0-9.,]{2,})|(-?[0-9]+)", -1, text)})
-GSM8K_COT_ZEROSHOT = replace(           # gsm8k/gsm8k-cot-zeroshot.yaml
-    GSM8K, question=lambda row: f"Q: {row['question']}\nA: Let's think step by step.", shots=0,
-    stop=("Q:", "</s>", "<|im_end|>"), filters=GSM8K.filters | {
-        "strict-match": lambda text: find(r"The answer is (\-?[0-9\.\,]+).", 0, text)})
-HUMANEVAL = Task(                       # humaneval/humaneval.yaml
-    ("openai/openai_humaneval",), {"prompt": "text", "test": "text", "entry_point": "text"},
-    (("entry_point", lambda row: f"def {row['entry_point']}(" in row["prompt"], "defined in prompt"),),
-    question=lambda row: row["prompt"], score=score_programs, filters={"create_test": lambda text: text},
-    max_new_tokens=1024, stop=("\nclass", "\ndef", "\n#", "\nif", "\nprint"))
-HUMANEVAL_INSTRUCT = replace(           # humaneval/humaneval_instruct.yaml
-    HUMANEVAL, question=lambda row: "Write a solution to the following problem and make sure that it passes "
-                                    f"the tests:\n```python\n{row['prompt']}\n```\n",
-    begin=lambda row: f"Here is the completed function:\n```python\n{row['prompt']}\n",
-    filters={"create_test": lambda text: text.split("```")[0]})
+def read_answer(row):
+    """A row in any format that gsil.py trains on."""
+    *messages, response = to_messages(dict(row))
+    gold = final_answer(response["content"])
+    need(gold, "the response should end in '#### ' and the right value")
+    return {"turns": [(message["role"], message["content"]) for message in messages], "gold": gold}
 
-ARC_EASY = Task(                        # arc/arc_easy.yaml
-    ("allenai/ai2_arc", "ARC-Easy"),
-    {"question": "text", "choices": {"text": ["text"], "label": ["text"]}, "answerKey": "text"},
-    (("choices", lambda row: len(row["choices"]["text"]) == len(row["choices"]["label"]), "as many labels as "
-      "texts"),
-     ("answerKey", lambda row: row["answerKey"] in row["choices"]["label"], "one of choices.label")),
-    shots=None, metrics={"acc": acc, "acc_norm": acc_norm},
-    options=lambda row: [(f"Question: {row['question']}\nAnswer:", text) for text in row["choices"]["text"]],
-    gold=lambda row: row["choices"]["label"].index(row["answerKey"]))
-ARC_CHALLENGE = replace(ARC_EASY, data=("allenai/ai2_arc", "ARC-Challenge"))
 
-def wikihow(text):
-    """HellaSwag's texts without their marks, [title] and the like; a double blank becomes one, once."""
-    return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
+def read_gsm8k(row, before="Question: ", after="\nAnswer:"):
+    """gsm8k/gsm8k.yaml, gsm8k/gsm8k-cot-zeroshot.yaml"""
+    question, answer = before + row["question"] + after, row["answer"]
+    need(re.search(r"#### +[^\n]*\w", answer), "should end in '#### ' and the right value")
+    return {"question": question, "target": answer, "gold": normalize(answer)}
 
-HELLASWAG = Task(                       # hellaswag/utils.py
-    ("Rowan/hellaswag",), {"activity_label": "text", "ctx_a": "text", "ctx_b": "text", "endings": ["text"]},
-    (("label", lambda row: str(row.get("label")) in map(str, range(len(row["endings"]))),
-      "the index of the right one in endings (only the splits train and validation have it)"),),
-    splits=("validation", "train"), shots=None, draw="others", metrics={"acc": acc, "acc_norm": acc_norm},
-    options=lambda row: [(wikihow(f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}"),
-                          wikihow(ending)) for ending in row["endings"]],
-    gold=lambda row: int(row["label"]))
 
-# The contexts differ here, and what is scored, the rest of the sentence, does not.
-WINOGRANDE = Task(                      # winogrande/preprocess_winogrande.py
-    ("allenai/winogrande", "winogrande_xl"),
-    {"sentence": "text", "option1": "text", "option2": "text", "answer": "text"},
-    (("sentence", lambda row: "_" in row["sentence"], "text with a _ where the option goes"),
-     ("answer", lambda row: row["answer"] in ("1", "2"), "1 or 2 (only train and validation have it)")),
-    splits=("validation", "train"), shots=None, draw="others",
-    options=lambda row: [(row["sentence"].split("_")[0] + option, row["sentence"].split("_", 1)[1].strip())
-                         for option in (row["option1"], row["option2"])],
-    gold=lambda row: int(row["answer"]) - 1)
+def read_humaneval(row):
+    """humaneval/humaneval.yaml"""
+    code, test, name = row["prompt"] + "", row["test"] + "", row["entry_point"]
+    need(f"def {name}(" in code, "should be defined in prompt")
+    return {"question": code, "code": code, "gold": f"{test}\ncheck({name})"}
 
-TRUTHFULQA_EXAMPLES = """Q: What is human life expectancy in the United States?
-A: Human life expectancy in the United States is 78 years.
 
-Q: Who was president of the United States in 1955?
-A: Dwight D. Eisenhower was president of the United States in 1955.
+def read_humaneval_instruct(row):
+    """humaneval/humaneval_instruct.yaml"""
+    problem = read_humaneval(row)
+    code = f"```python\n{problem['code']}\n"
+    asked = "Write a solution to the following problem and make sure that it passes the tests:"
+    return problem | {
+        "question": f"{asked}\n{code}```\n",
+        "begun": f"Here is the completed function:\n{code}",
+    }
 
-Q: Which party did he belong to?
-A: He belonged to the Republican Party.
 
-Q: What is the square root of banana?
-A: I have no comment.
+def choosing(question, choices, gold):
+    """The problem of choosing."""
+    need(all(choices), "each choice should be text, one is empty")  # whose length acc_norm divides by
+    example = {"question": question, "target": choices[gold], "gold": gold}
+    return example | {"questions": [question] * len(choices), "choices": choices}
 
-Q: How does a telescope work?
-A: Telescopes use lenses or mirrors to focus light and make objects appear closer.
 
-Q: Where were the 1992 Olympics held?
-A: The 1992 Olympics were held in Barcelona, Spain.
+def read_arc(row):
+    """arc/arc_easy.yaml"""
+    question, choices = "Question: " + row["question"] + "\nAnswer:", row["choices"]
+    need(len(choices["label"]) == len(choices["text"]), "should have as many labels as texts")
+    need(row["answerKey"] in choices["label"], "should be one of choices.label")
+    return choosing(question, choices["text"], choices["label"].index(row["answerKey"]))
 
-"""
-def truthfulqa(targets):
-    """The options of a row, out of its column mc1_targets or mc2_targets."""
-    return lambda row: [(f"{TRUTHFULQA_EXAMPLES}Q: {row['question']}\nA:", choice)
-                        for choice in row[targets]["choices"]]
 
-TRUTHFULQA_MC1 = Task(                  # truthfulqa/truthfulqa_mc1.yaml
-    ("truthfulqa/truthful_qa", "multiple_choice"),
-    {"question": "text", "mc1_targets": {"choices": ["text"], "labels": [0]}},
-    (("mc1_targets", lambda row: row["mc1_targets"]["labels"] == [1] + [0] * (
-        len(row["mc1_targets"]["choices"]) - 1), "labels 1, 0, 0, ..., one per choice: the first is true"),),
-    splits=("validation", "train"), options=truthfulqa("mc1_targets"))
-TRUTHFULQA_MC2 = replace(               # truthfulqa/utils.py
-    TRUTHFULQA_MC1, fields={"question": "text", "mc2_targets": {"choices": ["text"], "labels": [0]}},
-    rules=(("mc2_targets", lambda row: {*row["mc2_targets"]["labels"]} == {0, 1}, "labels with 1 and 0"),
-           ("mc2_targets", lambda row: len(row["mc2_targets"]["labels"]) == len(
-               row["mc2_targets"]["choices"]), "as many labels as choices")),
-    options=truthfulqa("mc2_targets"), metrics={"acc": true_mass})
+def read_hellaswag(row):
+    """hellaswag/utils.py"""
 
-SUBJECTS = {group: names.split() for group, names in {
+    def clean(text):  # of WikiHow's marks, [title] and the like; a double blank becomes one, once
+        return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
+
+    question = clean(row["activity_label"] + ": " + row["ctx_a"] + " " + row["ctx_b"].capitalize())
+    choices = [clean(ending) for ending in row["endings"]]
+    known = [str(n) for n in range(len(choices))]
+    need(str(row["label"]) in known, "should be an index of endings: use train or validation")
+    return choosing(question, choices, int(row["label"]))
+
+
+def read_winogrande(row):
+    """winogrande/preprocess_winogrande.py: prompts differ; what is scored, the rest, does not."""
+    need("_" in row["sentence"], "should have a _ where the option goes")
+    before, rest = row["sentence"].split("_", 1)
+    questions, rest = [before + row[option] for option in ("option1", "option2")], rest.strip()
+    need(row["answer"] in ("1", "2"), "should be 1 or 2: use train or validation")
+    gold = int(row["answer"]) - 1
+    example = {"question": questions[gold], "target": rest, "gold": gold}
+    return example | {"questions": questions, "choices": [rest, rest]}
+
+
+TRUTHFULQA_EXAMPLES = (
+    "Q: What is human life expectancy in the United States?\n"
+    "A: Human life expectancy in the United States is 78 years.\n\n"
+    "Q: Who was president of the United States in 1955?\n"
+    "A: Dwight D. Eisenhower was president of the United States in 1955.\n\n"
+    "Q: Which party did he belong to?\nA: He belonged to the Republican Party.\n\n"
+    "Q: What is the square root of banana?\nA: I have no comment.\n\n"
+    "Q: How does a telescope work?\n"
+    "A: Telescopes use lenses or mirrors to focus light and make objects appear closer.\n\n"
+    "Q: Where were the 1992 Olympics held?\nA: The 1992 Olympics were held in Barcelona, Spain.\n\n"
+)
+
+
+def read_truthfulqa(row, targets):
+    """truthfulqa/truthfulqa_mc1.yaml, truthfulqa/utils.py"""
+    question = TRUTHFULQA_EXAMPLES + "Q: " + row["question"] + "\nA:"
+    choices, labels = row[targets]["choices"], row[targets]["labels"]
+    need(len(labels) == len(choices), "should have as many labels as choices")
+    if targets == "mc1_targets":
+        need(labels == [1] + [0] * (len(labels) - 1), "labels should be 1, 0, 0, ...")
+        return choosing(question, choices, 0)
+    need({*labels} == {0, 1}, "labels should be 1 and 0")
+    return choosing(question, choices, 0) | {"labels": labels}
+
+
+SUBJECTS = {
     "stem": """abstract_algebra anatomy astronomy college_biology college_chemistry college_computer_science
         college_mathematics college_physics computer_security conceptual_physics electrical_engineering
         elementary_mathematics high_school_biology high_school_chemistry high_school_computer_science
@@ -670,120 +898,258 @@ SUBJECTS = {group: names.split() for group, names in {
         professional_psychology public_relations security_studies sociology us_foreign_policy""",
     "humanities": """formal_logic high_school_european_history high_school_us_history
         high_school_world_history international_law jurisprudence logical_fallacies moral_disputes
-        moral_scenarios philosophy prehistory professional_law world_religions"""}.items()}
-MMLU = Task(                            # mmlu/default/_default_template_yaml
-    ("cais/mmlu", "all"), {"subject": "text", "question": "text", "choices": ["text"], "answer": 0},
-    (("subject", lambda row: row["subject"] in sum(SUBJECTS.values(), []), "one of MMLU's 57"),
-     ("choices", lambda row: len(row["choices"]) == 4, "four texts"),
-     ("answer", lambda row: row["answer"] in range(4), "0, 1, 2 or 3")),
-    splits=("test", "dev"), shots=None, draw="first",
-    describe=lambda row: "The following are multiple choice questions (with answers) about "
-                         f"{row['subject'].replace('_', ' ')}.\n\n",
-    options=lambda row: [("{}\nA. {}\nB. {}\nC. {}\nD. {}\nAnswer:".format(
-        row["question"].strip(), *row["choices"]), letter) for letter in "ABCD"],
-    gold=lambda row: row["answer"])
-
-REWARD = Task(
-    ("Anthropic/hh-rlhf",), {},
-    (("chosen", lambda row: all(text for _, text in read_dialogue(row)[0]) and read_dialogue(row)[0],
-      "text '\\n\\nHuman: ...\\n\\nAssistant: ...', where there is no text in prompt or question"),),
-    question=lambda row: read_dialogue(row)[1], dialogue=lambda row: read_dialogue(row)[0],
-    stop=("Human:", "human:", "Assistant:", "assistant:"),
-    score=lambda task, rows, responses: [{"metrics": {}} for _ in rows])       # see judge
-MT_BENCH = Task(
-    ("FastChat's question.jsonl",), {"question_id": 0, "category": "text", "turns": ["text"]},
-    run=answer_mt_bench, max_new_tokens=1024, trained=True)
-
-TASKS = {"answers": ANSWERS, "gsm8k": GSM8K, "gsm8k_cot_zeroshot": GSM8K_COT_ZEROSHOT,
-         "humaneval": HUMANEVAL, "humaneval_instruct": HUMANEVAL_INSTRUCT, "arc_easy": ARC_EASY,
-         "arc_challenge": ARC_CHALLENGE, "hellaswag": HELLASWAG, "winogrande": WINOGRANDE,
-         "truthfulqa_mc1": TRUTHFULQA_MC1, "truthfulqa_mc2": TRUTHFULQA_MC2, "mmlu": MMLU,
-         "reward": REWARD, "mt_bench": MT_BENCH}
-LEADERBOARD = {"arc_challenge": 25, "hellaswag": 10, "winogrande": 5, "mmlu": 5, "gsm8k": 5}   # shots
+        moral_scenarios philosophy prehistory professional_law world_religions""",
+}
 
 
-# ---- 9. The whole evaluation -------------------------------------------------------------------------------
+def read_mmlu(row):
+    """mmlu/default/_default_template_yaml"""
+    need(row["subject"] in " ".join(SUBJECTS.values()).split(), "should be one of MMLU's 57")
+    about = "The following are multiple choice questions (with answers) about "
+    about += row["subject"].replace("_", " ") + ".\n\n"
+    need(len(row["choices"]) == 4, "should be four texts")
+    question = row["question"].strip() + "\nA. {}\nB. {}\nC. {}\nD. {}\nAnswer:".format(*row["choices"])
+    need(str(row["answer"]) in [*"0123"], "should be 0, 1, 2 or 3")
+    problem = choosing(question, [*"ABCD"], int(row["answer"]))
+    return problem | {"description": about, "subject": row["subject"]}
+
+
+def read_reward(row):
+    """A row as gsil.py trains on it, or, for --compare, a prompt alone. Plain: HH's transcript."""
+    answered = {after for _, after in COLUMNS} & {*row}
+    none = {} if answered else {"response": "-", "answer": "-"}
+    *messages, response = to_messages(dict(row) | none)
+    turns = [(message["role"], message["content"]) for message in messages]
+    names = {"user": "Human", "assistant": "Assistant"}
+    text = "".join(f"\n\n{names.get(role, role)}: {said}" for role, said in turns)
+    theirs = response["content"].strip() if answered else None
+    return {"turns": turns, "question": f"{text}\n\nAssistant:", "response": theirs}
+
+
+def read_mt_bench(row):
+    """FastChat's llm_judge/data/mt_bench/question.jsonl"""
+    need(isinstance(row["turns"], list), "should be a list of texts")
+    return {"id": row["question_id"], "category": row["category"], "questions": row["turns"]}
+
+
+NUMBERS = {"flexible-extract": partial(find, r"(-?[$0-9.,]{2,})|(-?[0-9]+)", -1)}
+BEHIND_HASHES = NUMBERS | {"strict-match": partial(find, r"#### (\-?[0-9\.\,]+)", 0)}
+BEHIND_IS = NUMBERS | {"strict-match": partial(find, r"The answer is (\-?[0-9\.\,]+).", 0)}
+HASHES = {"final-answer": partial(find, "####[^\n]+", 0)}
+STOP = ("Question:", "</s>", "<|im_end|>")
+GSM8K = Task(read_gsm8k, ("openai/gsm8k", "main"), BEHIND_HASHES, score=score_answers, stop=STOP, shots=5)
+read_cot = partial(read_gsm8k, before="Q: ", after="\nA: Let's think step by step.")
+HUMANEVAL = Task(read_humaneval, ("openai/openai_humaneval",), {"create_test": str}, score=score_programs)
+HUMANEVAL = replace(HUMANEVAL, max_new_tokens=1024, stop=("\nclass", "\ndef", "\n#", "\nif", "\nprint"))
+FENCED = {"create_test": lambda text: text.split("```")[0]}
+ACC, BOTH = ("acc,none",), ("acc,none", "acc_norm,none")
+ARC = Task(read_arc, ("allenai/ai2_arc", "ARC-Easy"), BOTH, run=choose, shots=None)
+SWAG = Task(read_hellaswag, ("Rowan/hellaswag",), BOTH, run=choose, shots=None, draw="others")
+SWAG = replace(SWAG, splits=("validation", "train"))
+TRUTH = Task(read_truthfulqa, ("truthfulqa/truthful_qa", "multiple_choice"), ACC, run=choose)
+TRUTH = replace(TRUTH, splits=("validation", "train"))
+TASKS = {
+    "answers": Task(
+        read_answer,
+        (f"{TOY}/heldout.jsonl",),
+        HASHES,
+        score=score_answers,
+        always_chat=True,
+        reduce=final_answer,
+    ),
+    "gsm8k": GSM8K,
+    "gsm8k_cot_zeroshot": replace(GSM8K, read=read_cot, counts=BEHIND_IS, stop=("Q:", *STOP[1:]), shots=0),
+    "humaneval": HUMANEVAL,
+    "humaneval_instruct": replace(HUMANEVAL, read=read_humaneval_instruct, counts=FENCED),
+    "arc_easy": ARC,
+    "arc_challenge": replace(ARC, data=("allenai/ai2_arc", "ARC-Challenge")),
+    "hellaswag": SWAG,
+    "winogrande": replace(
+        SWAG, read=read_winogrande, data=("allenai/winogrande", "winogrande_xl"), counts=ACC
+    ),
+    "truthfulqa_mc1": replace(TRUTH, read=partial(read_truthfulqa, targets="mc1_targets")),
+    "truthfulqa_mc2": replace(TRUTH, read=partial(read_truthfulqa, targets="mc2_targets")),
+    "mmlu": Task(
+        read_mmlu, ("cais/mmlu", "all"), ACC, run=choose, splits=("test", "dev"), shots=None, draw="first"
+    ),
+    "reward": Task(
+        read_reward, ("Anthropic/hh-rlhf",), {}, stop=("Human:", "human:", "Assistant:", "assistant:")
+    ),
+    "mt_bench": Task(read_mt_bench, ("",), {}, run=answer_mt_bench, max_new_tokens=1024, always_chat=True),
+}
+
+
+# ---- 8. The whole evaluation -------------------------------------------------------------------
+
+
+def main(args):
+    """Read, ask, score, print, write; returns what --out holds."""
+    if args.out:  # where nothing can be written this ends now, not after hours
+        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+        open(args.out, "a", encoding="utf-8").close()
+    if args.allow_code_execution:
+        print("warning: runs what the model writes, not in a sandbox; use a container without network")
+    data = {name: read_task(name, TASKS[name], args) for name in args.tasks}
+    # Before any model answers: a mistake here should not cost the answers.
+    if args.compare:
+        from transformers import AutoTokenizer
+
+        load(AutoTokenizer, args.compare, "a tokenizer")
+    if "reward" in data:
+        reward_model = load_reward(args.reward_model, args)
+        for n, problem in enumerate(data["reward"][0], 1):
+            reward_ids(reward_model[1], problem["turns"], "a")  # ends if the template refuses these
+            if problem["response"] is None and not args.compare:
+                die(f"reward, problem {n}: has no response to compare with: --compare MODEL")
+    packages = {name: version(name) for name in ("torch", "transformers", "datasets")}
+    outcome = {"version": 2, "scores as": "lm_eval 0.4.13", "packages": packages}
+    outcome["settings"] = vars(args)
+    outcome |= evaluate(args.model, data, args)
+    if args.compare:
+        outcome["compare"] = evaluate(args.compare, data, args)
+        print_differences(outcome, outcome["compare"])
+    if "reward" in data:
+        judge(outcome, data["reward"][0], reward_model, args)
+    if args.out:
+        write(Path(args.out), json.dumps(outcome, indent=2) + "\n")
+    return outcome
+
+
+def read_task(name, task, args):
+    """The problems to ask, up to --limit, and the (question, answer) of each one's worked examples."""
+    k = task.shots or 0
+    if task.shots != 0:  # as in lm_eval: where it is 0 it stays 0
+        k = args.shots.get(name, k)
+    everything = read_split(name, task, task.splits[0], args)
+    pool = read_split(name, task, task.splits[1], args) if k else []
+    need = k + (k > 0 and task.draw == "others")
+    problems, shots = [], []
+    # MMLU's subjects are tasks of their own, as in lm_eval: examples and --limit are of each.
+    subjects = [problem.get("subject", name) for _, problem in everything]
+    for subject in dict.fromkeys(subjects) or [name]:
+        rows = [pair for pair in everything if pair[1].get("subject", name) == subject]
+        others = [pair for pair in pool if pair[1].get("subject", name) == subject]
+        if not rows or len(others) < need:
+            die(f"{subject}: too few, {len(rows)} problems, {len(others)} rows for {need} worked examples")
+        limit = args.limit or len(rows)
+        rows = rows[: math.ceil(limit * len(rows)) if limit < 1 else int(limit)]
+        examples = {id(row): (problem["question"], problem["target"]) for row, problem in others}
+        problems += [problem for _, problem in rows]
+        drawn = draw_shots([row for row, _ in others], k, [row for row, _ in rows], task.draw)
+        shots += [[examples[id(row)] for row in some] for some in drawn]
+    return problems, shots
+
+
+def read_split(name, task, split, args):
+    """[(row, problem)] of a split. A bad row ends the run; of `answers`, more than a tenth do."""
+    found, unusable = [], []
+    for place, row in find_rows(name, task, split, args):
+        try:
+            row = Row(row)
+            found.append((row, task.read(row)))
+        except (*UNUSABLE, IndexError) as error:
+            column = getattr(row, "column", "")
+            cell = row.get(column, row) if isinstance(row, dict) else row
+            unusable.append(f"{place}: {column} {error}; found {cell!r:.200}")
+    if len(unusable) > (len(found) / 9 if name == "answers" else 0):
+        die(unusable[0])
+    if unusable:
+        print(f"warning: {name}: {len(unusable)} rows are left out, the first is {unusable[0]}")
+    empty = sum("" in problem.get("choices", ()) for _, problem in found)
+    if empty:
+        print(f"warning: {name}: nothing follows the _ in {empty} sentences, one blank is scored")
+    return found
+
+
+def find_rows(name, task, split, args):
+    """(place, row) pairs of a split: of a file, of the file so named in a folder, or of the Hub."""
+    path = Path(args.data.get(name, task.data[0]))
+    if name not in args.data and not path.exists():
+        import datasets  # slow to import, and files do not need it
+
+        try:
+            rows = datasets.load_dataset(*task.data, split=split)
+        except (OSError, ValueError) as error:
+            die(f"{path}: {str(error).splitlines()[0]}; --data {name}=PATH reads local files")
+        return [(f"{path} row {n}", row) for n, row in enumerate(rows, 1)]
+    if not path.is_dir() and split == task.splits[0]:
+        return read_rows(str(path), split)
+    folder = path if path.is_dir() else path.parent
+    subjects = [part for part in sorted(folder.glob("*")) if part.is_dir() and name == "mmlu"]
+    found = []
+    for part in subjects or [folder]:
+        files = [*part.glob(f"{split}.*")]
+        if len(files) != 1:
+            hint = "; for the worked examples, or give --shots 0" if split == task.splits[1] else ""
+            die(f"{part}: there should be one file {split}.jsonl (or .json, .csv, .parquet){hint}")
+        more = {"subject": part.name} if subjects else {}
+        found += [(place, row | more) for place, row in read_rows(str(files[0]), split)]
+    return found
+
+
+# What a sample counts, because it may explain a bad result.
+CAUSES = {"truncated": "prompts lost their beginning", "empty": "responses are empty"}
+CAUSES |= {"unfinished": "responses were cut at --max-new-tokens"}
+
 
 def evaluate(path, data, args):
-    """Ask one model; data: {task: (rows, examples of each row)}. Returns its results and samples by task."""
+    """Ask one model; data: {task: (problems, their examples)} -> its results and samples by task."""
     policy = load_policy(path, args)
+    needing = [name for name in data if args.chat or TASKS[name].always_chat]
+    if needing and not policy.tokenizer.chat_template:
+        die(f"{path} has no chat template: --chat, answers and mt_bench need one; {needing[0]}")
     outcome = {"model": path, "results": {}, "samples": {}}
-    trained = [name for name in data if TASKS[name].trained]
-    if (args.chat or trained) and not policy.tokenizer.chat_template:
-        die(f"{path} has no chat template: " + (f"{trained[0]} needs the one of the training" if trained
-                                                else "leave out --chat to ask in plain text"))
-    for name, (rows, shots) in data.items():
-        task = TASKS[name]
-        run = task.run or (choose if task.options else respond)
-        samples = run(task, name, rows, shots, policy, args)
+    for name, (problems, shots) in data.items():
+        samples = TASKS[name].run(name, TASKS[name], problems, shots, policy, args)
         outcome["samples"][name] = [{"doc_id": n} | sample for n, sample in enumerate(samples)]
-        results = {name: summarize(samples)} if task is not MMLU else mmlu_results(
-            [row["subject"] for row in rows], samples)
+        results = {name: summarize(samples)}
+        if name == "mmlu":
+            results = mmlu_results([problem["subject"] for problem in problems], samples)
         outcome["results"] |= {key: result | {"shots": len(shots[0])} for key, result in results.items()}
     print_results(outcome)
     return outcome
 
-def respond(task, name, rows, shots, policy, args):
-    """A sample per row: prompt, responses, what was found in them, metrics."""
-    chat, tokenizer = args.chat or task.trained, policy.tokenizer
-    prompts = [build_prompt(task, row, some, task.question(row), chat and tokenizer)
-               for row, some in zip(rows, shots)]
-    ids = [encode(tokenizer, prompt, special=not task.trained) for prompt in prompts]
-    longest, room = limits(task, name, policy, args)       # room: of the prompt
-    stop = () if task.dialogue and chat else task.stop
-    torch.manual_seed(args.seed)
-    # A prompt that is too long loses its beginning, as in lm_eval, and is counted.
-    responses = generate(policy.model, tokenizer, [row[-room:] for row in ids for _ in range(args.samples)],
-                         stop, longest, args.temperature, args.batch_size, name)
-    responses = chunks(responses, args.samples)
-    return [{"prompt": prompt, "truncated": len(row) > room, "responses": said} | score
-            for prompt, row, said, score in zip(prompts, ids, responses, task.score(task, rows, responses))]
-
-def limits(task, name, policy, args):
-    """Tokens that a response may have, and those that this leaves for the prompt."""
-    longest = args.max_new_tokens or task.max_new_tokens
-    if policy.window <= longest:
-        die(f"{name}: responses of {longest} tokens do not fit into the window of {policy.window}; "
-            "--max-new-tokens")
-    return longest, policy.window - longest
 
 def summarize(samples):
-    """Means over problems and their standard errors (None for one problem), and what to look at first."""
-    summary = {"n": len(samples), "truncated": sum(sample["truncated"] for sample in samples), "empty": sum(
-        not text.strip() for sample in samples for text in sample.get("responses", []))}
+    """Means over problems, their standard errors, None for one problem, and the CAUSES counted."""
+    summary = {"n": len(samples)}
+    summary |= {key: sum(sample.get(key, 0) for sample in samples) for key in CAUSES}
     for metric in samples[0]["metrics"] if samples else []:
         values = [sample["metrics"][metric] for sample in samples]
         summary |= {metric: fmean(values), metric.replace(",", "_stderr,"): stderr(values)}
     return summary
 
+
 def stderr(values):
     return stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
 
+
 def mmlu_results(subjects, samples):
-    """Of MMLU, its groups and subjects: accuracy over all questions, as in lm_eval, and its standard error
-    from the variances within the subjects; acc,unweighted is the mean of the subjects' accuracies."""
+    """Of MMLU, its groups and subjects: accuracy over all questions and its standard error from the
+    variances within subjects, as in lm_eval; acc,unweighted: the mean of the subjects' accuracies."""
     by_subject, results = {}, {}
     for subject, sample in zip(subjects, samples):
         by_subject.setdefault(subject, []).append(sample)
-    groups = {"mmlu": [*by_subject]} | {f"mmlu_{group}": [name for name in names if name in by_subject]
-                                        for group, names in SUBJECTS.items()}
-    for group, names in groups.items():
-        parts = [[sample["metrics"]["acc,none"] for sample in by_subject[name]] for name in names]
+    for group, names in {"mmlu": " ".join(SUBJECTS.values()), **SUBJECTS}.items():
+        parts = [by_subject[name] for name in names.split() if name in by_subject]
         if not parts:
             continue
-        n, pooled = sum(map(len, parts)), None
-        if min(map(len, parts)) > 1:
-            squares = sum((len(part) - 1) * variance(part) for part in parts)
-            pooled = math.sqrt(squares / (n - len(parts)) / n)
-        results[group] = summarize(sum((by_subject[name] for name in names), [])) | {
-            "acc_stderr,none": pooled, "acc,unweighted": fmean(map(fmean, parts))}
+        rights = [[sample["metrics"]["acc,none"] for sample in part] for part in parts]
+        result = summarize([sample for part in parts for sample in part])
+        result |= {"acc,unweighted": fmean(map(fmean, rights)), "acc_stderr,none": None}
+        if min(map(len, rights)) > 1:
+            squares = sum((len(right) - 1) * variance(right) for right in rights)
+            n = result["n"]
+            result["acc_stderr,none"] = math.sqrt(squares / (n - len(parts)) / n)
+        results[group if group == "mmlu" else f"mmlu_{group}"] = result
     return results | {f"mmlu_{name}": summarize(part) for name, part in by_subject.items()}
 
-def compare(ours, theirs):
-    """Values of a metric, problem by problem -> mean difference, half its 95 % interval, McNemar's exact p.
 
-    p: of the problems that one model alone gets right, how likely would a fair coin split them as unevenly?
-    None unless all values are 0 or 1.
+def compare(ours, theirs):
+    """Values of a metric by problem -> mean difference, half its 95 % interval, McNemar's exact p.
+
+    p: of the problems that one model alone gets right, how likely would a fair coin split them as
+    unevenly? None unless all values are 0 or 1.
     """
     # Problems are hard or easy for both models; in a difference that cancels.
     differences, p = [a - b for a, b in zip(ours, theirs)], None
@@ -794,238 +1160,117 @@ def compare(ours, theirs):
     error = stderr(differences)
     return {"difference": fmean(differences), "half_width": error and 1.96 * error, "mcnemar_p": p}
 
-def main(args):
-    """Read, ask, score, print, write; returns what --out holds."""
-    if any(TASKS[name].score is score_programs for name in args.tasks):
-        if not args.allow_code_execution:
-            die("humaneval runs what the model writes: --allow-code-execution, and best in a container")
-        print("warning: runs what the model writes; this is not a sandbox, use a container without network")
-    if args.out:
-        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-        if Path(args.out).is_dir() or not os.access(Path(args.out).parent, os.W_OK):    # not after hours
-            die(f"--out {args.out}: should be a file, in a folder that can be written")
-    data = {name: read_task(name, TASKS[name], args) for name in args.tasks}
-    # before any model answers: a mistake here should not cost the answers
-    if args.compare:
-        load(AutoTokenizer, args.compare, args.trust_remote_code)
-    if "reward" in data:
-        reward_model = load_reward(args.reward_model, args)
-        for n, row in enumerate(data["reward"][0], 1):
-            turns, _, response = read_dialogue(row)
-            if not (response or args.compare):
-                die(f"reward, problem {n}: no chosen, response or answer to compare with: --compare MODEL")
-            reward_ids(*reward_model[1:], turns, response)      # ends here if the template refuses these
-    outcome = {"settings": vars(args), "versions": {"scores as": "lm_eval 0.4.13"} | {
-        name: version(name) for name in ("torch", "transformers", "datasets")}}
-    outcome |= evaluate(args.model, data, args)
-    if args.compare:
-        other = evaluate(args.compare, data, args)
-        outcome["compare"] = other | {"differences": {}}
-        for name, samples in outcome["samples"].items():
-            for metric in samples[0]["metrics"]:
-                ours, theirs = ([sample["metrics"][metric] for sample in model["samples"][name]]
-                                for model in (outcome, other))
-                outcome["compare"]["differences"][f"{name},{metric}"] = compare(ours, theirs)
-        print_table(["difference of the two", "", "+-", "p"], [
-            [name, *found.values()] for name, found in outcome["compare"]["differences"].items()])
-    if "reward" in args.tasks:
-        judge(outcome, data["reward"][0], reward_model, args)
-    if args.out:
-        Path(args.out).write_text(json.dumps(outcome, indent=1) + "\n", encoding="utf-8")
-    return outcome
-
-
-# ---- PLUMBING: nothing below decides a score ---------------------------------------------------------------
-
-def die(sentence):
-    """A person's mistake: one sentence on stderr, exit code 2."""
-    print(f"error: {sentence}", file=sys.stderr)
-    raise SystemExit(2)
-
-def number(kind, low=-math.inf, above=-math.inf, word=None):
-    """argparse type: a finite int or float, >= low and > above; or this word."""
-    def parse(text):
-        if text != word and not (abs(kind(text)) < math.inf and kind(text) >= low and kind(text) > above):
-            raise ValueError
-        return text if text == word else kind(text)
-    limits = {f">= {low}": low > -math.inf, f"> {above}": above > -math.inf, f"or {word}": word}
-    # argparse puts the name into its sentence: invalid int >= 1 value: '0'
-    parse.__name__ = " ".join([kind.__name__, *(limit for limit, given in limits.items() if given)])
-    return parse
-
-def complete(args, parser):
-    """--tasks as a list, --data as a dict; flags that contradict each other."""
-    args.tasks = args.tasks.split(",")
-    if not {*args.tasks} <= {*TASKS} or len({*args.tasks}) < len(args.tasks):
-        parser.error(f"--tasks {','.join(args.tasks)}: each once, out of {', '.join(TASKS)}")
-    args.data = dict(item.partition("=")[::2] for item in args.data)
-    if not {*args.data} <= {*args.tasks} or "" in args.data.values():
-        parser.error(f"--data {args.data}: should be TASK=PATH, TASK one of --tasks {','.join(args.tasks)}")
-    if args.leaderboard and args.shots is not None:
-        parser.error(f"--leaderboard sets the worked examples, so does --shots {args.shots}")
-    if "reward" in args.tasks and (not args.reward_model or args.samples > 1):
-        parser.error("--tasks reward needs --reward-model, and one sample per problem")
-    if "mt_bench" in args.tasks and (args.compare or "mt_bench" not in args.data):
-        parser.error("--tasks mt_bench writes the answers of one model, without --compare, and needs "
-                     "--data mt_bench=question.jsonl, FastChat's file")
-    if args.samples > 1 and not args.temperature:
-        parser.error(f"--samples {args.samples}: greedy ones would all be the same, set --temperature")
-    return args
-
-def chunks(items, size):
-    return [items[start:start + size] for start in range(0, len(items), size)]
-
-def read_task(name, task, args):
-    """The rows to ask, up to --limit, and the worked examples of each; MMLU: of each subject."""
-    k = task.shots or 0
-    if args.leaderboard:
-        k = LEADERBOARD.get(name, k)
-    elif args.shots is not None and task.shots != 0:        # as in lm_eval: where it is 0 it stays 0
-        k = args.shots
-    source = args.data.get(name, task.data[0])
-    rows, pool = (read_split(name, task, split, args) if n else [] for split, n in zip(task.splits, (1, k)))
-    for place, row in rows + pool:
-        check_row(place, row, task)
-    for place, row in rows if task.options else []:
-        check_choices(place, [choice for _, choice in task.options(row)], task)
-    subject = (lambda row: row["subject"]) if task is MMLU else lambda row: "all"
-    problems, shots, need = [], [], k + (k > 0 and task.draw == "others")
-    for part in dict.fromkeys(subject(row) for _, row in rows) or ["all"]:
-        some, examples = ([row for _, row in split if subject(row) == part] for split in (rows, pool))
-        if not some or len(examples) < need:
-            die(f"{source}, {part}: {len(some)} problems, {len(examples)} rows to draw {need} worked "
-                "examples from: too few")
-        limit = args.limit or len(some)     # of each subject, as in lm_eval
-        some = some[:math.ceil(limit * len(some)) if limit < 1 else int(limit)]
-        problems, shots = problems + some, shots + draw_shots(examples, k, some, task.draw)
-    return problems, shots
-
-def read_split(name, task, split, args):
-    """[(place, row)] of a split. MMLU may be a folder of folders, one per subject."""
-    path = Path(args.data.get(name, task.data[0]))
-    if name not in args.data and not path.is_file():
-        return read_hub(*task.data, split=split)
-    folders = [folder for folder in sorted(path.glob("*")) if folder.is_dir()] if task is MMLU else []
-    if folders:
-        return [(place, row | {"subject": folder.name}) for folder in folders
-                for place, row in read_rows(folder, split)]
-    return read_rows(path if path.is_dir() or split == task.splits[0] else path.parent, split)
-
-def check_row(place, row, task):
-    """Does a row have what its task needs? lm_eval scores many that have not, silently."""
-    for column, example in task.fields.items():
-        if not is_like(row.get(column), example):
-            die(f"{place}: {column} should be like {example!r}, found {row.get(column)!r:.200}")
-    for column, is_right, expected in task.rules:
-        if not is_right(row):
-            die(f"{place}: {column} should be {expected}, found {row.get(column)!r:.200}")
-
-def check_choices(place, choices, task):
-    """An empty one has no length for acc_norm to divide by, nor is it an answer."""
-    if not all(choices) and task is not WINOGRANDE:
-        die(f"{place}: each choice should be text, one is empty: {choices}")
-    if not all(choices):
-        print(f"warning: {place}: nothing follows the _ in sentence, what is scored is one blank")
-
-def is_like(value, example):
-    """is_like({"text": ["a", "b"]}, {"text": ["text"]}): the same types all the way down."""
-    if type(value) is not type(example):
-        return False
-    if isinstance(example, dict):
-        return all(is_like(value.get(key), part) for key, part in example.items())
-    return not isinstance(example, list) or bool(value) and all(is_like(part, example[0]) for part in value)
-
-def read_rows(path, split):
-    """[(place, row)] of a file, or of the file named like the split in a folder."""
-    files = sorted(path.glob(f"{split}.*")) if path.is_dir() else [path]
-    if len(files) != 1 or not files[0].is_file():
-        die(f"{path}: there should be a file" + f", just one, named {split}.*" * path.is_dir())
-    file, rows, n = files[0], [], 0
-    if ".jsonl" not in file.suffixes:                       # .json, .csv, .parquet
-        return read_hub(file.suffix[1:], data_files=str(file), split="train")
-    try:
-        with (gzip.open if file.suffix == ".gz" else open)(file, "rb") as lines:
-            for n, line in enumerate(lines, 1):             # bytes: what is not UTF-8 is found in its line
-                rows += [(f"{file} line {n}", json.loads(line))] if line.strip() else []
-                if line.strip() and not isinstance(rows[-1][1], dict):
-                    raise ValueError(f"found {line.strip().decode()!r:.200}")
-    except (OSError, EOFError, ValueError) as error:
-        die(f"{file} line {n}: {error}; expected is one JSON object on each line, in UTF-8")
-    return rows
-
-def read_hub(*source, split, **files):
-    """[(place, row)] of a dataset on the Hub, or of a file, through `datasets`."""
-    import datasets                         # slow, and a .jsonl file does not need it
-    name = files.get("data_files", source[0])
-    try:
-        rows = datasets.load_dataset(*source, split=split, **files)
-        return [(f"{name} row {n}", row) for n, row in enumerate(rows, 1)]
-    except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
-        die(f"{name}: {str(error.__cause__ or error).splitlines()[0]}; --data TASK=PATH reads local files")
-
-def pick_device(args):
-    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    device = best if args.device == "auto" else args.device
-    return device if device in ("cpu", best) else die(
-        f"--device {device}: PyTorch finds none here, the best is {best}")
-
-# Who is asked; window: as many tokens as prompt and response may have together
-Policy = namedtuple("Policy", "model tokenizer window")
-
-def load(kind, path, trust, what="a tokenizer", **more):
-    """kind.from_pretrained(path), or a sentence about what is wrong there."""
-    try:
-        return kind.from_pretrained(path, trust_remote_code=trust, **more)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        die(f"{path}: not {what}: {str(error).strip().splitlines()[0]}; take a folder (a run's round_1) "
-            "or with a network a Hub name, with config.json, .safetensors, tokenizer; --trust-remote-code if "
-            "there is code in it")
-
-def load_both(kind, path, what, args, **more):
-    """A model of this kind, and its tokenizer."""
-    hf_logging.set_verbosity_error()        # transformers would only warn of missing weights
-    hf_logging.disable_progress_bar()
-    model, info = load(kind, path, args.trust_remote_code, what, dtype=args.dtype, use_safetensors=True,
-                       output_loading_info=True, **more)
-    tokenizer = load(AutoTokenizer, path, args.trust_remote_code)
-    if info["missing_keys"]:
-        die(f"{path}: lacks {', '.join(sorted(info['missing_keys'])):.200}: they would be random")
-    if tokenizer.eos_token is None:
-        die(f"{path}: the tokenizer has no EOS token, a response could not end")
-    return model.eval(), tokenizer
-
-def load_policy(path, args):
-    """The Policy at a path."""
-    device = pick_device(args)
-    model, tokenizer = load_both(AutoModelForCausalLM, path, "a causal language model", args)
-    model.to(device)
-    # A BOS in front changes every score, so it is said.
-    size, first = sum(p.numel() for p in model.parameters()), tokenizer("a").input_ids[0]
-    begin = tokenizer.bos_token if first == tokenizer.bos_token_id else "no BOS token"
-    print(f"{path}: {size:,} parameters, {model.dtype}, {device}; prompts begin with {begin}"
-          + "; no pad token, another stands in" * (tokenizer.pad_token is None))
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
-    config = getattr(model.config, "text_config", None) or model.config
-    # lm_eval's way to find the window, in its order; some tokenizers say 1e30 for "unknown"
-    windows = [getattr(config, name, None) for name in ("n_positions", "max_position_embeddings", "n_ctx")]
-    windows += [tokenizer.model_max_length] * (tokenizer.model_max_length < 1e29)
-    return Policy(model, tokenizer, next((window for window in windows if window), 2048))
 
 def print_results(outcome):
-    told, rows = ["n", "shots", "truncated", "empty"], []
+    """A line per metric; below, what may explain a bad one."""
+    rows = []
     for name, result in outcome["results"].items():
-        for metric in (key for key in result if "," in key and "_stderr," not in key):
-            both = result[metric], result.get(metric.replace(",", "_stderr,"))
-            rows.append([f"{name},{metric}", *both, *(result[key] for key in told)])
-    print_table([Path(outcome["model"]).name, "value", "stderr", *told], rows)
+        for metric in [key for key in result if "," in key and "_stderr," not in key]:
+            error = result.get(metric.replace(",", "_stderr,"))
+            width = error and 1.96 * error
+            rows.append([f"{name},{metric}", result[metric], width, result["n"], result["shots"]])
+    if rows:  # mt_bench has none
+        print_table([outcome["model"], "value", "±", "n", "shots"], rows)
+    for name, result in outcome["results"].items():
+        for key in [key for key in CAUSES if result[key] and name in TASKS]:
+            print(f"{name}: {result[key]} {CAUSES[key]}")
+
+
+def print_differences(outcome, other):
+    """A row per metric; all go into `other`, the outcome of --compare, too."""
+    other["differences"], rows = {}, []
+    for name, samples in outcome["samples"].items():
+        for metric in samples[0]["metrics"]:
+            ours = [sample["metrics"][metric] for sample in samples]
+            theirs = [sample["metrics"][metric] for sample in other["samples"][name]]
+            found = other["differences"][f"{name},{metric}"] = compare(ours, theirs)
+            difference, width, p = found.values()
+            tiny = p is not None and p < 0.001
+            rows.append([f"{name},{metric}", difference, width, "<0.001" if tiny else p])
+    print_table([f"difference from {other['model']}", "", "±", "p"], rows)
+
 
 def print_table(head, rows):
-    for name, *cells in [head, *rows] if rows else []:
-        cells = [f"{cell:.4f}" if isinstance(cell, float) else "-" if cell is None else cell
-                 for cell in cells]
-        print(f"{name:48}" + "".join(f"{cell:>10}" for cell in cells))
+    """'gsm8k,exact_match,strict-match' is shown as 'gsm8k strict-match', 'mmlu,acc,none' as 'mmlu acc'."""
+    wide = max(len(row[0]) for row in [head, *rows])
     print()
+    for first, *cells in [head, *rows]:
+        first = re.sub(",(none|create_test)|exact_match,", "", first).replace(",", " ")
+        cells = ["-" if cell is None else cell for cell in cells]
+        cells = [f"{cell:.4f}" if isinstance(cell, float) else str(cell) for cell in cells]
+        print(f"{first:{wide}}" + "".join(f"{cell:>10}" for cell in cells))
+
+
+# ---- 9. Models and files -----------------------------------------------------------------------
+
+# window: as many tokens as prompt and response may have together; kinds: what the model keeps of the
+# tokens that it has read, as the names of the classes of its cache's layers
+Policy = namedtuple("Policy", "model tokenizer window kinds")
+
+
+def load_policy(path, args):
+    model, tokenizer = load_model("AutoModelForCausalLM", path, args)
+    window = find_window(model.config, tokenizer)
+    # A BOS in front changes every score, so it is said.
+    begin = tokenizer.bos_token if tokenizer("a").input_ids[0] == tokenizer.bos_token_id else "no BOS token"
+    size = sum(weight.numel() for weight in model.parameters())
+    print(f"model {path}: {size:,} parameters, {str(model.dtype)[6:]}, {model.device}; ", end="")
+    print(f"prompts begin with {begin}; window {window or '2048, as none is given'}")
+    return Policy(model, tokenizer, window or 2048, cache_kinds(model))
+
+
+def cache_kinds(model):
+    out = model(torch.tensor([[0]], device=model.device), use_cache=True)
+    cache = getattr(out, "past_key_values", None)
+    return {type(layer).__name__ for layer in getattr(cache, "layers", [None])}
+
+
+def find_window(config, tokenizer):
+    """In lm_eval's order; None: unknown, some tokenizers say 1e30."""
+    config = getattr(config, "text_config", None) or config
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":  # beyond it, numbers depend on a batch's other rows
+        return rope["original_max_position_embeddings"]
+    names = ("n_positions", "max_position_embeddings", "n_ctx")
+    windows = [getattr(config, name, None) for name in names]
+    windows += [tokenizer.model_max_length] if tokenizer.model_max_length < 1e29 else []
+    return next(filter(None, windows), None)
+
+
+def load_model(kind, path, args, **more):
+    """A model of this kind, and its tokenizer."""
+    import transformers  # slow, and a wrong flag should be found at once
+
+    transformers.logging.set_verbosity_error()  # it would only warn of missing weights
+    transformers.logging.disable_progress_bar()
+    tokenizer = load(transformers.AutoTokenizer, path, "a tokenizer")
+    if tokenizer.eos_token is None:
+        die(f"{path}: the tokenizer has no EOS token, a response could not end")
+    if tokenizer.pad_token is None:  # as lm_eval does
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    how = {"dtype": args.dtype, "use_safetensors": True, "output_loading_info": True}
+    model, info = load(getattr(transformers, kind), path, f"an {kind}", **how, **more)
+    if info["missing_keys"]:
+        die(f"{path}: lacks {', '.join(sorted(info['missing_keys'])):.200}: they would be random")
+    known = model.get_input_embeddings().num_embeddings
+    if max(tokenizer.get_vocab().values()) >= known:
+        die(f"{path}: the tokenizer has more tokens than the {known} that the model knows")
+    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if args.device not in ("auto", "cpu", best):
+        die(f"--device {args.device}: PyTorch finds none here, the best is {best}")
+    return model.eval().to(best if args.device == "auto" else args.device), tokenizer
+
+
+def write(file, text):
+    """The file is there whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = file.with_name(file.name + ".partial")
+    unfinished.write_text(text, encoding="utf-8")
+    os.replace(unfinished, file)
+
+
+def chunks(items, size):
+    return [items[start : start + size] for start in range(0, len(items), size)]
 
 
 def run_safely(main, args):
@@ -1033,11 +1278,13 @@ def run_safely(main, args):
     try:
         return main(args)
     except KeyboardInterrupt:
-        print("error: stopped; --answers goes on where it was, all else starts anew", file=sys.stderr)
+        print("error: stopped; --answers goes on where it was, else all starts anew", file=sys.stderr)
         raise SystemExit(130) from None
     except OSError as error:
         die(str(error))
 
 
 if __name__ == "__main__":
+    for stream in (sys.stdout, sys.stderr):  # a terminal that lacks a letter shows its code instead
+        stream.reconfigure(errors="backslashreplace")
     run_safely(main, parse_args())
