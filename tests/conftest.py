@@ -1,12 +1,12 @@
 """What the tests share: no network, the repository's root on the path, a tiny model and tokenizers made in
 memory."""
 
+import json
 import os
 import sys
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # see gsil.py
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "toy")]
 
@@ -67,3 +67,24 @@ def model():
 @pytest.fixture(scope="session")
 def tokenizer():
     return byte_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory):
+    """40 demonstrations and 20 problems of the toy: a run takes a second or two."""
+    folder = tmp_path_factory.mktemp("small")
+    for name, n in (("demos", 40), ("dev", 20), ("heldout", 20)):
+        lines = (ROOT / f"tests/toy/{name}.jsonl").read_text().splitlines(keepends=True)[:n]
+        (folder / f"{name}.jsonl").write_text("".join(lines))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def inputs(tmp_path_factory):
+    """Flags for a model and six demonstrations, both tiny: a run takes a fraction of a second."""
+    folder = tmp_path_factory.mktemp("inputs")
+    tiny_model().save_pretrained(folder / "model")
+    byte_tokenizer().save_pretrained(folder / "model")
+    rows = [{"question": f"What is {n} ?", "answer": f"it is {n} . #### {n}"} for n in range(6)]
+    (folder / "demos.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return f"--model {folder}/model --data {folder}/demos.jsonl --max-new-tokens 5 "
