@@ -894,10 +894,12 @@ def micro_batches(batch, max_tokens):
     for row in batch:  # one text, or two that are padded to the longer one
         sides = [len(row[key]) for key in ("real_ids", "generated_ids") if key in row]
         lengths.append(len(sides) * (len(row["prompt_ids"]) + max(sides)))
+    order = sorted(range(len(batch)), key=lengths.__getitem__)
+    groups = [order[n : n + world] for n in range(0, len(batch), world)]  # a row for every rank
     parts = []
-    for rows in batches(lengths, max_tokens=max_tokens * world):
-        share = rows[rank::world]
-        parts.append(([batch[i] for i in share or rows[:1]], len(share)))
+    for part in batches([lengths[group[-1]] for group in groups], max_tokens=max_tokens):
+        share = [groups[n][rank] for n in part if rank < len(groups[n])]
+        parts.append(([batch[i] for i in share or groups[part[0]][:1]], len(share)))
     return parts
 
 
