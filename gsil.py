@@ -755,7 +755,8 @@ class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFo
     """--help prints the docstring as it is, and the defaults where there are any."""
 
     def _get_help_string(self, action):
-        return super()._get_help_string(action) if action.default else action.help
+        shown = action.default is not None and action.default is not False
+        return super()._get_help_string(action) if shown else action.help
 
 
 def die(sentence):
