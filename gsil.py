@@ -110,6 +110,8 @@ def parse_args(argv=None):
     while not args.out and Path(f"runs/gsil-{args.loss}-{n}").exists():
         n += 1
     args.out = args.out or f"runs/gsil-{args.loss}-{n}"
+    if os.path.exists(args.out) and (os.path.isfile(args.out) or os.listdir(args.out)):
+        parser.error(f"--out {args.out} is there already: name another folder, or --resume {args.out}")
     return args
 
 
@@ -708,8 +710,6 @@ def saved_args(args, parser):
 def open_folder(args):
     """The run's folder, and the rows of the table that a resumed run has: {name: record}."""
     out = Path(args.out)
-    if out.exists() and any(out.iterdir()) and not args.resume:
-        die(f"--out {out} is not empty: name another folder, or continue that run by --resume {out}")
     file = out / "metrics.jsonl"
     kept = []
     for record in read_json_lines(file) if file.exists() else []:
