@@ -336,8 +336,9 @@ def main(args):
     report("base", policy, None)
     for t in range(1, args.rounds + 1):
         name, folder, seed = f"round {t}", out / f"round_{t}", f"{args.seed} round {t}"
-        began = time.time()
+        seconds = None
         if not folder.exists():  # a resumed run may have this round behind it
+            began = time.time()
             print(f"\n{name} of {args.rounds}")
             if args.loss == "sft":
                 steps = train(policy, demos, likelihood, args.epochs, args, seed)
@@ -351,9 +352,10 @@ def main(args):
                 steps = train(policy, pairs, loss_of, args.epochs, args, seed, shift, first_loss)
             log_steps(out, name, steps)  # the training happens while its steps are logged
             save_model(policy, tokenizer, folder)
+            seconds = time.time() - began
         del policy  # the next one needs the room
         policy = load_model(folder, args)
-        report(name, policy, time.time() - began)
+        report(name, policy, seconds)
     del policy
 
     if args.baseline == "sft" and args.loss != "sft" and args.rounds:
