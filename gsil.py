@@ -413,7 +413,7 @@ def read_rows(path, split):
             content = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf")  # Windows' mark of UTF-8
             array = content.lstrip().startswith(b"[")  # of all rows, instead of an object on each line
             for n, line in enumerate(json.loads(content) if array else content.split(b"\n"), 1):
-                place = f"{path} line {n}"  # not splitlines: a text may hold U+2028
+                place = f"{path} {'row' if array else 'line'} {n}"  # not splitlines: a text may hold U+2028
                 if array or line.strip():
                     yield place, line if array else json.loads(line)
             return
