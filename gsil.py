@@ -104,8 +104,6 @@ def parse_args(argv=None):
         zero = name in ("rounds", "temperature", "warmup", "seed", "checkpoint_activations")
         if isinstance(value, (int, float)) and not (0 < value < math.inf or (zero and value == 0)):
             parser.error(f"--{name.replace('_', '-')} {value}: must be above 0" + ", or 0" * zero)
-    if args.rounds > 1 and args.scale <= 0.5 and args.loss != "sft":
-        print(f"warning: rounds do not settle at --scale {args.scale:g}: use --rounds 1 or --scale 1")
     n = 1
     while not args.out and Path(f"runs/gsil-{args.loss}-{n}").exists():
         n += 1
@@ -322,6 +320,8 @@ def self_play(policy, demos, respond, tokenizer, seed, folder, args):
 def main(args):
     """The start model, rounds, SFT for comparison, the table; returns what summary.json holds."""
     start_processes()
+    if args.rounds > 1 and args.scale <= 0.5 and args.loss != "sft":
+        print(f"warning: rounds do not settle at --scale {args.scale:g}: use --rounds 1 or --scale 1")
     config, tokenizer, eos_ids = load_tokenizer(args)
     demos, dev, heldout, max_new_tokens = read_data(config, tokenizer, eos_ids, args)
     policy = load_model(args.model, args)
