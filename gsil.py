@@ -98,7 +98,7 @@ def parse_args(argv=None):
         args.heldout = args.heldout or f"{TOY}/heldout.jsonl"
     if args.shift is None:
         args.shift = "0" if args.loss in ("spin", "sft") else "learn"  # there it would cancel
-    if args.shift != "learn" and not re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d)?", args.shift, re.I):
+    if args.shift != "learn" and not re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d\d?)?", args.shift, re.I):
         parser.error(f"--shift {args.shift}: neither a number nor 'learn'")
     for name, value in vars(args).items():
         zero = name in ("rounds", "temperature", "warmup", "seed", "checkpoint_activations")
