@@ -125,7 +125,7 @@ def test_same_seed_same_bytes(small, tmp_path):
     assert a == b != c
 
 
-def test_sixteen_samples_are_not_needed_to_learn_to_stop(tmp_path, inputs):
+def test_a_pad_that_is_eos_is_learned(tmp_path, inputs):
     """Pad is EOS here: a mask made by comparing ids with pad would hide EOS, and the model would never learn to end
     a response. SFT on eight one-letter answers shows it at once."""
     rows = [{"prompt": f"{n}", "response": "b"} for n in range(8)]
@@ -153,7 +153,7 @@ def test_a_loss_of_your_own_is_one_line(small, tmp_path, monkeypatch, capsys):
 def test_the_log_of_a_run(small, tmp_path, capsys):
     """What a person sees: one word per thing, a sample before and after that differs, how to load the result."""
     out = tmp_path / "run"
-    run(toy_flags(small, out) + "--lr 1e-3 --rounds 2")
+    run(toy_flags(small, out) + "--lr 1e-3 --rounds 2 --epochs 1 --baseline none")
     printed = capsys.readouterr().out
     lines = printed.splitlines()
     assert max(map(len, lines)) <= 100 + len(str(out))
@@ -164,8 +164,9 @@ def test_the_log_of_a_run(small, tmp_path, capsys):
         assert word in printed
     titles = [line for line in lines if "log-ratio: demo" in line]
     assert len(titles) == 2 and "told apart" in titles[0] and "shift" in titles[0]
-    before, now = (line for line in lines if line.strip().startswith(("before", "now")))
-    assert before.split(maxsplit=1)[1] != now.split(maxsplit=1)[1]
+    shown = [line.split(maxsplit=1) for line in lines if line.startswith(("    before ", "    now "))]
+    assert [word for word, _ in shown] == ["before", "now"] * 2
+    assert shown[0][1] != shown[1][1] and shown[2][1] != shown[3][1]
     loads = lines[-1].partition(". ")[2].removesuffix(" loads it")
     assert eval(loads, {"AutoModelForCausalLM": AutoModelForCausalLM}).num_parameters() == 112192
 
