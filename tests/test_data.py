@@ -305,7 +305,7 @@ def test_token_ids_beyond_the_models_embeddings_are_refused(tmp_path, tokenizer,
     assert "token ids above the 64 that its model knows" in capsys.readouterr().err
 
 
-def test_a_tenth_is_held_out_by_seed(tmp_path, tokenizer, capsys):
+def test_a_tenth_is_held_out_by_seed(tmp_path, tokenizer, monkeypatch, capsys):
     """Own data without --heldout would have a table of dashes; a problem that is also trained on would flatter it."""
     path = write_jsonl(tmp_path / "x.jsonl", [{"prompt": f"{n}", "response": f"{n}"} for n in range(40)])
     found = []
@@ -318,8 +318,9 @@ def test_a_tenth_is_held_out_by_seed(tmp_path, tokenizer, capsys):
     printed = capsys.readouterr().out
     assert "no --heldout: a tenth of the demonstrations, at most 500, is held out: 4" in printed
     assert "warning" not in printed
-    many = write_jsonl(tmp_path / "y.jsonl", [{"prompt": f"{n}", "response": "b"} for n in range(5100)])
-    assert len(data_of(many, tokenizer)[2]) == 500
+    many = [{"prompt": f"{n}", "prompt_ids": [5], "real_ids": [6], "answer": None} for n in range(5100)]
+    monkeypatch.setattr(gsil, "read_demos", lambda *_: many)
+    assert len(data_of(path, tokenizer)[2]) == 500
 
 
 def test_problems_among_the_demonstrations_are_counted(small, tmp_path, capsys):

@@ -14,7 +14,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 import gsil
 import irft
 from conftest import ROOT, byte_tokenizer, tiny_model
-from test_gsil import (A, EOS, PAIRS, Q, assistant, commands, made_pairs, metrics, small,  # noqa: F401
+from helpers import (A, EOS, PAIRS, Q, assistant, commands, made_pairs, metrics,  # noqa: F401
                        user, weights, write_jsonl)
 
 OWN = {"parse_args", "main", "complete"}  # and LoRA is in irft.py alone
