@@ -38,6 +38,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from jinja2 import TemplateError
+from safetensors import SafetensorError
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
@@ -938,7 +939,7 @@ if __name__ == "__main__":
     arguments = parse_args()
     try:
         main(arguments)
-    except (KeyboardInterrupt, OSError, torch.OutOfMemoryError) as error:
+    except (KeyboardInterrupt, OSError, SafetensorError, torch.OutOfMemoryError) as error:
         die(f"{str(error) or 'stopped'}; what was saved is safe: see --resume {arguments.out}")
     if dist.is_initialized():
         dist.destroy_process_group()
