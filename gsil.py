@@ -437,7 +437,7 @@ def read_rows(path, split):
 def to_messages(row):
     """A row with any of COLUMNS -> messages, {"role", "content"}, the last one by the assistant.
 
-    Raises ValueError in words; AttributeError, KeyError or TypeError where row or turn is no dict of that kind.
+    Raises ValueError in words; AttributeError, KeyError or TypeError where row or turn is no such dict.
     """
     filled = [name for name, value in row.items() if value is not None]
     pairs = [pair for pair in COLUMNS if {*pair} - {None} <= {*filled}]
@@ -534,7 +534,7 @@ def read_demos(path, split, tokenizer, eos_ids):
 
 
 def read_data(config, tokenizer, eos_ids, args):
-    """(demonstrations, dev problems, held-out problems, tokens of the longest response); [] where none are."""
+    """(demonstrations, dev problems, held-out problems, tokens of the longest response), or []."""
     paths = (args.data, args.dev, args.heldout)
     parts = [read_demos(path, args.split, tokenizer, eos_ids) if path else [] for path in paths]
     demos, dev, heldout = parts
