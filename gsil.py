@@ -437,7 +437,7 @@ def read_rows(path, split):
 def to_messages(row):
     """A row with any of COLUMNS -> messages, {"role", "content"}, the last one by the assistant.
 
-    Raises ValueError in words; AttributeError, KeyError or TypeError where row or turn is no such dict.
+    Raises ValueError in words; AttributeError, KeyError, TypeError where a row or turn is no dict.
     """
     filled = [name for name, value in row.items() if value is not None]
     pairs = [pair for pair in COLUMNS if {*pair} - {None} <= {*filled}]

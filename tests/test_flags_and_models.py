@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import resource
 import subprocess
 import sys
 
@@ -23,16 +24,16 @@ def test_help_shows_every_flag_with_its_default(capsys):
     """A default that --help hides, 0 among them, must be looked up in the code."""
     with pytest.raises(SystemExit):
         gsil.parse_args(["--help"])
-    text = " ".join(capsys.readouterr().out.split())
-    for group in ("model and data:", "method:", "optimizer:", "run:"):
-        assert group in text
+    usage, _, flags = capsys.readouterr().out.partition("model and data:")
+    text = " ".join(flags.split())
+    assert all(group in text for group in ("method:", "optimizer:", "run:"))
     args = vars(gsil.parse_args(["--data", "x.jsonl"]))
     for name, value in args.items():
-        flag = text.partition(f" --{name.replace('_', '-')} ")[2].partition(" --")[0]
+        flag = text.partition(f"--{name.replace('_', '-')} ")[2].partition("--")[0]
         assert flag, name
         if name not in ("data", "shift", "out") and value not in (None, False):
             assert f"(default: {value})" in flag, name
-    assert "Z makes probabilities of it" in text  # the lesson
+    assert "Z makes\nprobabilities of it" in usage
 
 
 def test_defaults_that_depend_on_other_flags():
@@ -214,26 +215,25 @@ def test_a_prompt_template_is_used_and_saved(adds_bos, tmp_path):
 # ---- what `python gsil.py` adds to main ----------------------------------------------------------------------
 
 
-def script(flags, **environment):
-    command = [sys.executable, str(ROOT / "gsil.py"), *flags.split()]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"} | environment
-    return subprocess.run(command, capture_output=True, env=environment, timeout=200)
-
-
 def test_a_terminal_without_the_letter_and_a_full_disk(inputs, tmp_path):
-    """After an hour of training a UnicodeEncodeError would end the run at the first é of a sample; an OSError gets one
-    sentence that says how to go on, and exit code 2."""
+    """After an hour of training a UnicodeEncodeError would end the run at the first é of a sample; a full disk (files
+    may not grow beyond 60 kB, which the weights exceed) gets one sentence that says how to go on, and exit code 2."""
     rows = [{"question": f"{n} café \U0001f600 ?", "answer": f"#### {n}"} for n in range(3)]
     write_jsonl(tmp_path / "é.jsonl", rows)
-    folder = tmp_path / "é"
-    flags = f"{inputs} --data {tmp_path}/é.jsonl --dev {tmp_path}/é.jsonl --rounds 0 --out {folder}"
-    done = script(flags, PYTHONIOENCODING="ascii")
-    assert done.returncode == 0, done.stderr
-    assert b"\\xe9.jsonl, too" in done.stdout and (folder / "summary.json").exists()
-    (tmp_path / "file").touch()
-    done = script(f"{inputs} --rounds 0 --out {tmp_path}/file/out")
-    [sentence] = [line for line in done.stderr.decode().splitlines() if line.startswith("error: ")]
-    assert done.returncode == 2 and "Not a directory" in sentence and "Traceback" not in done.stderr.decode()
+    out = tmp_path / "out"
+    flags = f"{inputs} --data {tmp_path}/é.jsonl --dev {tmp_path}/é.jsonl --epochs 1 --out {out}"
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "gsil.py"), *flags.split()],
+        capture_output=True,
+        env=environment,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000)),
+    )
+    said = done.stderr.decode("ascii").splitlines()
+    assert b"\\xe9.jsonl, too" in done.stdout
+    assert done.returncode == 2 and said[-1].startswith("error: ") and "Traceback" not in done.stderr.decode()
+    assert said[-1].endswith(f"what was saved is safe: see --resume {out}")
+    assert (out / "round_1.partial/generated.jsonl").exists() and not (out / "round_1").exists()
 
 
 def test_the_shape_of_the_script():
