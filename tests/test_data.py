@@ -1,6 +1,8 @@
-"""Section 6 of gsil.py: any demonstrations -> ids. Inputs here are small copies of what people's files look like.
+"""Section 6 of gsil.py: any demonstrations -> ids. Inputs here are small copies of what people's files look
+like.
 
-Right is the correct text, a refusal in one sentence, or a warning with a count. Another text without a word is not."""
+Right is the correct text, a refusal in one sentence, or a warning with a count. Another text without a word
+is not."""
 
 import csv
 import json
@@ -49,8 +51,8 @@ FORMATS = {
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_every_format_gives_the_same_ids(name, tmp_path, tokenizer):
-    """The same demonstration in any listed format must train the same ids: prompt as it is asked in use, response,
-    EOS, and nothing behind it, though the template has a newline there."""
+    """The same demonstration in any listed format must train the same ids: prompt as it is asked in use,
+    response, EOS, and nothing behind it, though the template has a newline there."""
     (demo,) = demos_of(write_jsonl(tmp_path / "x.jsonl", [FORMATS[name]]), tokenizer)
     question = Q if name != "instruction, input, output" else "How\n\nmany?"
     prompt = f"<|user|>\n{question}</s>\n<|assistant|>\n"
@@ -60,7 +62,8 @@ def test_every_format_gives_the_same_ids(name, tmp_path, tokenizer):
 
 
 def test_turns_before_the_last_are_the_prompt(tmp_path, tokenizer):
-    """History and system turn belong to the question; a column `system` is a system turn, an empty one is none."""
+    """History and system turn belong to the question; a column `system` is a system turn, an empty one is
+    none."""
     row = {"messages": [user("a"), assistant("b"), user("c"), assistant("d")], "system": "s"}
     hh = {"chosen": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: d", "system": ""}
     with_system, without = demos_of(write_jsonl(tmp_path / "x.jsonl", [row, hh]), tokenizer)
@@ -88,8 +91,8 @@ TEXTS = [
 @pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "parquet"])
 @pytest.mark.parametrize("marks", ["", "BOM and CRLF"])
 def test_texts_stay_as_they_are_in_every_kind_of_file(suffix, marks, tmp_path, tokenizer):
-    """A cell NA that became a missing value, 007 that became 7, a BOM before the first column's name, or a text split
-    at U+2028: each has cost people rows without a word."""
+    """A cell NA that became a missing value, 007 that became 7, a BOM before the first column's name, or a
+    text split at U+2028: each has cost people rows without a word."""
     rows = [{"question": f"{n} {text}", "answer": text} for n, text in enumerate(TEXTS)]
     path = tmp_path / f"x.{suffix}"
     end = "\r\n" if marks else "\n"
@@ -145,8 +148,8 @@ UNUSABLE = {  # row -> what the sentence says of it
 
 @pytest.mark.parametrize("name", UNUSABLE)
 def test_a_row_that_cannot_be_used_is_counted_or_refused(name, tmp_path, tokenizer, capsys):
-    """One in ten is left out, with a warning that names the first place; a file of them is refused. Never is such a
-    row trained on as another text: cut at an EOS, without its tools, as an empty answer."""
+    """One in ten is left out, with a warning that names the first place; a file of them is refused. Never is
+    such a row trained on as another text: cut at an EOS, without its tools, as an empty answer."""
     row, says = UNUSABLE[name]
     good = {"prompt": "a", "response": "b"}
     demos = demos_of(write_jsonl(tmp_path / "x.jsonl", [good] * 9 + [row]), tokenizer)
@@ -210,7 +213,8 @@ TEMPLATES = {  # a template that makes another text of a demonstration -> what t
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_a_template_that_changes_the_text_is_noticed(name, tmp_path, capsys):
-    """Some drop the part before </think>, or system turns: the run would train on another text without a word."""
+    """Some drop the part before </think>, or system turns: the run would train on another text without a
+    word."""
     template, says = TEMPLATES[name]
     turns = [{"role": "system", "content": "Be brief."}, user(Q), assistant("<think>hm</think>" + A)]
     with pytest.raises(SystemExit):
@@ -220,7 +224,8 @@ def test_a_template_that_changes_the_text_is_noticed(name, tmp_path, capsys):
 
 
 def test_real_responses_end_as_the_models_template_does(tmp_path):
-    """Some chat models list several EOS ids; the one after an answer is the template's, not the tokenizer's."""
+    """Some chat models list several EOS ids; the one after an answer is the template's, not the
+    tokenizer's."""
     tokenizer = byte_tokenizer(ZEPHYR.replace("{{ m.content }}</s>", "{{ m.content }}<|end|>"))
     (demo,) = demos_of(write_jsonl(tmp_path / "x.jsonl", [FORMATS["messages"]]), tokenizer)
     assert demo["real_ids"][-1] == 2 and 2 not in demo["real_ids"][:-1] and tokenizer.eos_token_id == EOS
@@ -235,7 +240,8 @@ def test_a_token_across_the_cut_does_not_change_the_prompt(tmp_path):
 
 
 def test_words_that_the_tokenizer_does_not_know_are_counted(tmp_path, capsys):
-    """A toy's tokenizer on other people's text makes <unk> of everything: the run would learn nothing, and end well."""
+    """A toy's tokenizer on other people's text makes <unk> of everything: the run would learn nothing, and
+    end well."""
     tokenizer = AutoTokenizer.from_pretrained(gsil.TOY / "base")
     rows = [
         {"question": "Mia has 1 keys .", "answer": "#### 1"},
@@ -263,8 +269,8 @@ def test_a_response_is_cut_at_the_cap_without_eos(tmp_path, tokenizer, capsys):
 
 
 def test_the_longest_response_that_fits_the_window(tmp_path, tokenizer, capsys):
-    """Prompt and response share the window: what fits is taken and said, what does not is refused before any work,
-    with the number that fits."""
+    """Prompt and response share the window: what fits is taken and said, what does not is refused before any
+    work, with the number that fits."""
     path = write_jsonl(tmp_path / "x.jsonl", [{"prompt": "a", "response": "b" * 400}])
     prompt = len(tokenizer("<|user|>\na</s>\n<|assistant|>\n").input_ids)
     *_, longest = data_of(path, tokenizer)
@@ -283,8 +289,8 @@ def test_the_longest_response_that_fits_the_window(tmp_path, tokenizer, capsys):
 
 
 def test_the_window_of_a_longrope_model_is_the_original_one():
-    """Beyond it other factors apply to every position, so a log-prob would depend on the other rows in its batch; a
-    wrapper's window is that of its text part, and some configs name none."""
+    """Beyond it other factors apply to every position, so a log-prob would depend on the other rows in its
+    batch; a wrapper's window is that of its text part, and some configs name none."""
     rope = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "rope_theta": 1e4}
     small = {"hidden_size": 32, "num_attention_heads": 4, "original_max_position_embeddings": 64}
     config = AutoConfig.for_model("phi3", rope_parameters=rope, max_position_embeddings=256, **small)
@@ -306,7 +312,8 @@ def test_token_ids_beyond_the_models_embeddings_are_refused(tmp_path, tokenizer,
 
 
 def test_a_tenth_is_held_out_by_seed(tmp_path, tokenizer, monkeypatch, capsys):
-    """Own data without --heldout would have a table of dashes; a problem that is also trained on would flatter it."""
+    """Own data without --heldout would have a table of dashes; a problem that is also trained on would
+    flatter it."""
     path = write_jsonl(tmp_path / "x.jsonl", [{"prompt": f"{n}", "response": f"{n}"} for n in range(40)])
     found = []
     for seed in (0, 0, 1):

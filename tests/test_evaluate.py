@@ -27,13 +27,14 @@ from helpers import metrics, naive_logp, read_jsonl, run, toy_flags, write_jsonl
     ],
 )
 def test_final_answers(text, expected):
-    """GSM8K's '#### 1,234' must match a bare 1234, whatever blank is around it; text without '####' has none."""
+    """GSM8K's '#### 1,234' must match a bare 1234, whatever blank is around it; text without '####' has
+    none."""
     assert gsil.final_answer(text) == expected
 
 
 def test_the_rows_of_the_table(small, tmp_path, monkeypatch):
-    """Accuracy counts answers, NLL is per token of the demonstrations with EOS, length and the share that ends are
-    of the sampled responses. Each is worked out here from responses that are known."""
+    """Accuracy counts answers, NLL is per token of the demonstrations with EOS, length and the share that
+    ends are of the sampled responses. Each is worked out here from responses that are known."""
     base = ROOT / "tests/toy/base"
     problems = read_jsonl(small / "heldout.jsonl")
     model = AutoModelForCausalLM.from_pretrained(base)
@@ -66,8 +67,8 @@ def test_the_rows_of_the_table(small, tmp_path, monkeypatch):
 
 
 def test_own_data_has_numbers_without_answers_and_without_heldout(tmp_path, inputs, capsys):
-    """Free text has no '####' to check: null, not wrong. But NLL, length and the share that ends are there, of a
-    tenth that was held out."""
+    """Free text has no '####' to check: null, not wrong. But NLL, length and the share that ends are there,
+    of a tenth that was held out."""
     data = write_jsonl(tmp_path / "x.jsonl", [{"prompt": f"say {n}", "response": f"{n}"} for n in range(20)])
     summary = run(f"{inputs} --data {data} --epochs 1 --out {tmp_path}/out")
     assert [row["name"] for row in summary["rows"]] == ["base", "round 1", "sft"]
@@ -79,8 +80,8 @@ def test_own_data_has_numbers_without_answers_and_without_heldout(tmp_path, inpu
 
 
 def test_demonstrations_alone_are_enough(tmp_path, inputs):
-    """Fewer than ten leave nothing to hold out: what cannot be measured is null, never made up; the last round and
-    the last epoch of SFT are taken."""
+    """Fewer than ten leave nothing to hold out: what cannot be measured is null, never made up; the last
+    round and the last epoch of SFT are taken."""
     summary = run(inputs + f"--rounds 2 --scale 1 --epochs 1 --out {tmp_path}/out")
     assert summary["best"] == "round 2"
     for row in summary["rows"]:
@@ -113,9 +114,3 @@ def test_control_characters_do_not_reach_the_terminal(small, tmp_path, capsys, m
     run(toy_flags(small, tmp_path / "out") + "--epochs 1 --baseline none --batch 40")
     printed = capsys.readouterr().out
     assert "\\x1b[2J" in printed and all(char.isprintable() or char == "\n" for char in printed)
-
-
-def test_scores_use_the_models_own_softmax_in_evaluation_mode(model):
-    """A loaded model is in evaluation mode, or dropout would make every number a draw."""
-    assert not gsil.load_model(gsil.TOY / "base", gsil.parse_args([])).training
-    assert torch.equal(gsil.response_logps(model, [([5], [6])]), gsil.response_logps(model, [([5], [6])]))

@@ -1,4 +1,5 @@
-"""The edges of gsil.py: flags, and section 9's models. A person's mistake is one sentence, before any work."""
+"""The edges of gsil.py: flags, and section 9's models. A person's mistake is one sentence, before any
+work."""
 
 import json
 import math
@@ -37,7 +38,8 @@ def test_help_shows_every_flag_with_its_default(capsys):
 
 
 def test_defaults_that_depend_on_other_flags():
-    """The toy's problems belong to its demonstrations; a shift cancels in spin and in SFT, and is learned elsewhere."""
+    """The toy's problems belong to its demonstrations; a shift cancels in spin and in SFT, and is learned
+    elsewhere."""
     assert gsil.parse_args([]).dev == f"{gsil.TOY}/dev.jsonl"
     own = gsil.parse_args(["--data", "x.jsonl"])
     assert own.dev is None and own.heldout is None and own.shift == "learn"
@@ -137,8 +139,9 @@ MODELS = {  # kind -> what the sentence says besides the folder
 
 @pytest.mark.parametrize("kind", MODELS)
 def test_a_model_that_cannot_be_used_is_refused_before_any_work(kind, inputs, tmp_path, capsys):
-    """Random weights in place of missing ones, NaN, a model that cannot be sampled: found here in a sentence, not
-    after hours in a traceback, and no folder is left in the way of the next try. Its own code does not run."""
+    """Random weights in place of missing ones, NaN, a model that cannot be sampled: found here in a sentence,
+    not after hours in a traceback, and no folder is left in the way of the next try. Its own code does not
+    run."""
     folder = broken_model(tmp_path, kind)
     before = sorted(tmp_path.rglob("*"))
     capsys.readouterr()
@@ -185,8 +188,8 @@ def test_every_eos_the_model_lists_ends_a_response(tmp_path, tokenizer):
 
 @pytest.mark.parametrize("adds_bos", [False, True])
 def test_a_prompt_template_is_used_and_saved(adds_bos, tmp_path):
-    """A base model without chat template trains on --prompt-template, typed with \\n and \\t; BOS comes first where the
-    tokenizer would put it; braces in a prompt are its own. The saved model must know the format."""
+    """A base model without chat template trains on --prompt-template, typed with \\n and \\t; BOS comes first
+    where the tokenizer would put it; braces in a prompt are its own. The saved model must know the format."""
     from tokenizers.processors import TemplateProcessing
 
     tokenizer = byte_tokenizer(chat_template=None)
@@ -216,8 +219,9 @@ def test_a_prompt_template_is_used_and_saved(adds_bos, tmp_path):
 
 
 def test_a_terminal_without_the_letter_and_a_full_disk(inputs, tmp_path):
-    """After an hour of training a UnicodeEncodeError would end the run at the first é of a sample; a full disk (files
-    may not grow beyond 60 kB, which the weights exceed) gets one sentence that says how to go on, and exit code 2."""
+    """After an hour of training a UnicodeEncodeError would end the run at the first é of a sample; a full
+    disk (files may not grow beyond 60 kB, which the weights exceed) gets one sentence that says how to go on,
+    and exit code 2."""
     rows = [{"question": f"{n} café \U0001f600 ?", "answer": f"#### {n}"} for n in range(3)]
     write_jsonl(tmp_path / "é.jsonl", rows)
     out = tmp_path / "out"

@@ -1,7 +1,8 @@
-"""Section 8 of gsil.py: a run that is stopped anywhere goes on, and ends with the weights of an undisturbed one.
+"""Section 8 of gsil.py: a run that is stopped anywhere goes on, and ends with the weights of an undisturbed
+one.
 
-Runs here are of a random two-layer model on six rows, so that each takes a fraction of a second. Those that are
-killed are processes of their own, forked by a server that has imported gsil before."""
+Runs here are of a random two-layer model on six rows, so that each takes a fraction of a second. Those that
+are killed are processes of their own, forked by a server that has imported gsil before."""
 
 import errno
 import json
@@ -70,8 +71,8 @@ def until_held(flags, folder, moment, threads):
 
 @pytest.mark.parametrize("moment", HOLD)
 def test_kill_9_and_resume(moment, inputs, undisturbed, tmp_path, monkeypatch):
-    """A machine that is taken away must cost no more than the phase it was in, and change no digit. Finished rounds
-    and finished sampling are not done again."""
+    """A machine that is taken away must cost no more than the phase it was in, and change no digit. Finished
+    rounds and finished sampling are not done again."""
     out = tmp_path / "out"
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload(["gsil"])
@@ -93,8 +94,8 @@ def test_kill_9_and_resume(moment, inputs, undisturbed, tmp_path, monkeypatch):
 
 
 def test_a_fault_at_every_rename_and_resume(inputs, undisturbed, tmp_path, monkeypatch):
-    """Each rename of a run in turn fails, and leaves half of what was to be renamed: no file may be taken for whole,
-    and none be missed, afterwards."""
+    """Each rename of a run in turn fails, and leaves half of what was to be renamed: no file may be taken for
+    whole, and none be missed, afterwards."""
     replace = os.replace
     calls = []
     failing = None
@@ -125,8 +126,8 @@ def test_a_fault_at_every_rename_and_resume(inputs, undisturbed, tmp_path, monke
 
 
 def test_resume_with_more_rounds(inputs, undisturbed, tmp_path, capsys):
-    """Raising --rounds continues a finished run; the SFT baseline is trained again, its budget has grown. A round that
-    is not trained again has its row, with its seconds, as before."""
+    """Raising --rounds continues a finished run; the SFT baseline is trained again, its budget has grown. A
+    round that is not trained again has its row, with its seconds, as before."""
     out = tmp_path / "one"
     run(inputs + FAST.replace("--rounds 2", "--rounds 1") + f"--out {out}")
     [seconds] = [
@@ -142,7 +143,8 @@ def test_resume_with_more_rounds(inputs, undisturbed, tmp_path, capsys):
 
 
 def test_a_round_behind_a_resumed_run_has_no_seconds(inputs, undisturbed, tmp_path):
-    """Stopped between saving and evaluating a round, its time is lost: 0 would be a number nobody measured."""
+    """Stopped between saving and evaluating a round, its time is lost: 0 would be a number nobody
+    measured."""
     out = tmp_path / "out"
     shutil.copytree(undisturbed, out)
     kept = [
@@ -166,8 +168,8 @@ def test_a_round_behind_a_resumed_run_has_no_seconds(inputs, undisturbed, tmp_pa
     ],
 )
 def test_a_run_goes_on_with_its_own_flags_or_not_at_all(flags, says, undisturbed, tmp_path, capsys):
-    """Flags silently ignored, or changed halfway, would make args.json a lie; a run of another script has other flags;
-    and a second run must not write into the first one's folder."""
+    """Flags silently ignored, or changed halfway, would make args.json a lie; a run of another script has
+    other flags; and a second run must not write into the first one's folder."""
     (tmp_path / "args.json").write_text('{"model": "x"}\n')
     with pytest.raises(SystemExit) as stop:
         run(flags.format(out=undisturbed, other=tmp_path))
@@ -190,13 +192,3 @@ def test_the_next_free_folder(inputs, tmp_path, monkeypatch):
     run(inputs + "--rounds 0 --loss spin")
     names = sorted(path.name for path in (tmp_path / "runs").iterdir())
     assert names == ["gsil-logistic-1", "gsil-logistic-2", "gsil-spin-1"]
-
-
-def test_more_rounds_than_needed_keep_their_own_samples(undisturbed):
-    """A round's folder is a model, its tokenizer, and what it was trained on."""
-    for number in (1, 2):
-        files = {file.name for file in (undisturbed / f"round_{number}").iterdir()}
-        assert {"config.json", "model.safetensors", "tokenizer.json", "generated.jsonl"} <= files
-    keys = {"prompt", "response", "generated", "prompt_ids", "real_ids", "generated_ids"}
-    keys |= {"real_reference", "generated_reference", "answer"}
-    assert all({*pair} == keys for pair in read_jsonl(undisturbed / "round_2/generated.jsonl"))

@@ -18,15 +18,10 @@ def test_logps_equal_a_naive_loop_for_any_batch(model):
     expected = [naive_logp(model, prompt, response) for prompt, response in PAIRS]
     assert gsil.response_logps(model, PAIRS).tolist() == pytest.approx(expected, abs=ROUNDING)
     assert gsil.response_logps(model, PAIRS[::-1]).tolist() == pytest.approx(expected[::-1], abs=ROUNDING)
+    for pair, value in zip(PAIRS, expected):  # without another prompt beside it
+        assert gsil.response_logps(model, [pair]).item() == pytest.approx(value, abs=ROUNDING)
     for max_tokens in (1, 12, 1000):  # one text at a time, two, all
         assert gsil.score(model, PAIRS, max_tokens) == pytest.approx(expected, abs=ROUNDING)
-
-
-def test_texts_of_one_length_and_of_any(model):
-    """Without a shorter prompt beside it, the kept columns begin right before the response."""
-    texts = [([5, 6], [7]), ([8, 9], [EOS])]
-    expected = [naive_logp(model, prompt, response) for prompt, response in texts]
-    assert gsil.response_logps(model, texts).tolist() == pytest.approx(expected, abs=ROUNDING)
 
 
 def test_logps_leave_their_inputs_alone(model):
@@ -37,7 +32,8 @@ def test_logps_leave_their_inputs_alone(model):
 
 
 def test_no_gradient_into_prompt_positions_or_pads():
-    """Only logits that predict a response token may be trained; else the model also learns to write prompts."""
+    """Only logits that predict a response token may be trained; else the model also learns to write
+    prompts."""
 
     class Fake(torch.nn.Module):
         device = torch.device("cpu")
@@ -61,7 +57,8 @@ def test_logps_are_computed_in_float32():
 
 
 def test_batches_do_what_the_docstring_shows():
-    """The literal example is what readers rely on; a batch that grew beyond its limits would run out of memory."""
+    """The literal example is what readers rely on; a batch that grew beyond its limits would run out of
+    memory."""
     shown = re.search(r"(\[\d.*?\]), (\d) items -> their indices (\[\[.*?\]\])", gsil.batches.__doc__)
     lengths, items, expected = (eval(part) for part in shown.groups())
     assert gsil.batches(lengths, items) == expected == [[2, 0], [1]]

@@ -1,4 +1,5 @@
-"""Section 3 of gsil.py: LOSSES by hand, gsil_loss and sft_loss. What they are good for: tests/test_theory.py."""
+"""Section 3 of gsil.py: LOSSES by hand, gsil_loss and sft_loss. What they are good for:
+tests/test_theory.py."""
 
 import math
 

@@ -1,5 +1,5 @@
-"""README and the committed toy: a command that does not run, or a number nobody measured, is the first thing a
-newcomer meets."""
+"""README and the committed toy: a command that does not run, or a number nobody measured, is the first thing
+a newcomer meets."""
 
 import json
 import math

@@ -63,17 +63,6 @@ def test_responses_are_those_of_each_prompt_alone(name):
         assert gsil.sample(model, prompts, ends, 12, 0, batch_size, "") == expected
 
 
-def test_greedy_equals_generate(model):
-    """transformers' own decoding is the second opinion on the loop."""
-    ours = gsil.sample(model, PROMPTS, {EOS}, 12, 0, 4, "")
-    for prompt, response in zip(PROMPTS, ours):
-        mask = torch.ones(1, len(prompt), dtype=torch.long)
-        ends = {"eos_token_id": EOS, "pad_token_id": EOS}
-        prompt = torch.tensor([prompt])
-        theirs = model.generate(prompt, attention_mask=mask, do_sample=False, max_new_tokens=12, **ends)
-        assert response == theirs[0, prompt.shape[1] :].tolist()
-
-
 def test_eos_is_kept_if_and_only_if_sampled(model):
     """A response cut at the cap must not get an EOS it never had, and nothing may follow a sampled one."""
     ends = set(range(0, 300, 12))  # many "EOS" ids: some rows end, some are cut
@@ -100,8 +89,8 @@ def test_samples_follow_the_models_plain_softmax():
 
 
 def test_seed_decides_the_samples(model):
-    """Without a generator of its own, a resumed run would sample other negatives than an undisturbed one; with
-    one generator for all batches, the prompts of each would get the same luck."""
+    """Without a generator of its own, a resumed run would sample other negatives than an undisturbed one;
+    with one generator for all batches, the prompts of each would get the same luck."""
     first = gsil.sample(model, PROMPTS, {EOS}, 8, 1, 2, "0 round 1")
     torch.rand(3)  # what ran before must not matter
     assert gsil.sample(model, PROMPTS, {EOS}, 8, 1, 2, "0 round 1") == first

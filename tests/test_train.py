@@ -1,4 +1,5 @@
-"""Section 4 of gsil.py: update and train. A step must be the gradient of the whole batch's mean, or none at all."""
+"""Section 4 of gsil.py: update and train. A step must be the gradient of the whole batch's mean, or none at
+all."""
 
 import copy
 import math
@@ -49,9 +50,9 @@ def one_gradient(loss, micro, monkeypatch):
 
 @pytest.mark.parametrize("loss", [*gsil.LOSSES, "sft"])
 def test_micro_batches_give_the_gradient_of_the_whole_batch(loss, monkeypatch):
-    """Averaging the parts' means would weigh pairs of a small last part too much. Also with one pass over all,
-    written out here. Seven pairs of different lengths in parts of one, of two or three, and whole: only the order
-    of float32 sums differs, which is worth less than 1e-5 of the largest number."""
+    """Averaging the parts' means would weigh pairs of a small last part too much. Also with one pass over
+    all, written out here. Seven pairs of different lengths in parts of one, of two or three, and whole: only
+    the order of float32 sums differs, which is worth less than 1e-5 of the largest number."""
     whole, means = one_gradient(loss, 4096, monkeypatch)
     for micro in (1, 60):
         part, found = one_gradient(loss, micro, monkeypatch)
@@ -67,10 +68,11 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(loss, monkeypatch):
 
 
 def test_a_learned_shift_does_not_see_the_micro_batches():
-    """At the first step its true gradient is 0; Adam's usual eps made a whole step of the rounding, in another
-    direction for each --micro-batch, and all later steps were others, too. With its eps the shift moves by
-    shift-lr * gradient/1e-4 at most: gradients of 1e-7 make 2e-5. The weights differ by less than 2 % of the
-    run's own change, where AdamW makes steps of last-bit differences in the gradients that are nearly 0."""
+    """At the first step its true gradient is 0; Adam's usual eps made a whole step of the rounding, in
+    another direction for each --micro-batch, and all later steps were others, too. With its eps the shift
+    moves by shift-lr * gradient/1e-4 at most: gradients of 1e-7 make 2e-5. The weights differ by less than 2
+    % of the run's own change, where AdamW makes steps of last-bit differences in the gradients that are
+    nearly 0."""
     runs = []
     for micro in (4096, 60, 1):
         model = tiny_model()
@@ -102,8 +104,8 @@ def test_training_tells_real_from_generated(loss, optimizer):
 
 
 def test_every_row_is_seen_once_per_epoch():
-    """A shuffle that drops or repeats rows, or an epoch that drops the last small batch, biases training; fewer
-    rows than --batch are one batch, not none."""
+    """A shuffle that drops or repeats rows, or an epoch that drops the last small batch, biases training;
+    fewer rows than --batch are one batch, not none."""
     model = tiny_model()
     pairs = made_pairs(model, 7)
     seen = []
@@ -160,7 +162,8 @@ def test_a_number_that_is_not_finite_stops_before_the_step(where, says, capsys):
 
 
 def test_the_shift_is_learned_only_when_asked():
-    """A fixed shift that moved, or a learned one that did not, would be another method than the flag names."""
+    """A fixed shift that moved, or a learned one that did not, would be another method than the flag
+    names."""
     for learn, start in ((True, 0.0), (False, 2.0)):
         model = tiny_model()
         records = trained(model, made_pairs(model, 8), "--batch 4 --epochs 4", shift=start, learn=learn)
@@ -195,7 +198,8 @@ def test_clipping_leaves_the_direction_and_says_the_norm(monkeypatch):
 
 
 def test_dropout_is_off():
-    """With dropout the log-ratios would not be 0 at the first step, and the reference would be a random draw."""
+    """With dropout the log-ratios would not be 0 at the first step, and the reference would be a random
+    draw."""
     model = tiny_model()
     model.config.attention_dropout = 0.5
     for layer in model.model.layers:
@@ -210,8 +214,8 @@ def test_dropout_is_off():
 @pytest.mark.parametrize("world", [1, 2, 3])
 @pytest.mark.parametrize("n", [1, 2, 5, 9])
 def test_micro_batches_are_the_batch(world, n, monkeypatch):
-    """Every row counts once, on one rank, within --micro-batch tokens; every rank makes as many forward passes, or
-    FSDP would hang."""
+    """Every row counts once, on one rank, within --micro-batch tokens; every rank makes as many forward
+    passes, or FSDP would hang."""
     rng = random.Random(n)
     batch = [{"n": i, "prompt_ids": [5], "real_ids": [5] * rng.randint(1, 9)} for i in range(n)]
     counted = []
@@ -227,8 +231,8 @@ def test_micro_batches_are_the_batch(world, n, monkeypatch):
 
 
 def test_a_pair_counts_twice_in_a_micro_batch():
-    """Both sides go through the model in one pass, padded to the longer one: else --micro-batch would say half of the
-    memory that is used."""
+    """Both sides go through the model in one pass, padded to the longer one: else --micro-batch would say
+    half of the memory that is used."""
     pair = {"prompt_ids": [5] * 3, "real_ids": [6] * 2, "generated_ids": [7] * 7}  # 2 x 10 tokens
     assert [len(part) for part, _ in gsil.micro_batches([pair] * 4, 40)] == [2, 2]
     assert [len(part) for part, _ in gsil.micro_batches([pair] * 4, 39)] == [1] * 4
