@@ -1,7 +1,6 @@
 """Section 7 of gsil.py: what the table's numbers are."""
 
 import pytest
-import torch
 from transformers import AutoModelForCausalLM
 
 import gsil

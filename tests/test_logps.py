@@ -8,7 +8,7 @@ import torch
 
 import gsil
 from conftest import tiny_model
-from helpers import EOS, PAIRS, gradient, naive_logp, relative
+from helpers import PAIRS, gradient, naive_logp, relative
 
 ROUNDING = 1e-4  # of a sum of a few float32 log-softmaxes of about 5 nats: 1e-6 relative, and room
 
