@@ -1,8 +1,9 @@
 """GSIL, generalized self-imitation learning (arXiv 2410.10093), in one file.
 
-Aligns a language model from demonstrations alone. In each round the model answers the demonstrations' prompts
-itself, and is then trained to tell the demonstrations from its own answers. For a prompt x, a demonstration y+
-and the model's own response y- ~ pi_t(.|x), where pi_t is the model at the start of round t:
+Aligns a language model from demonstrations alone. In each round the model answers the demonstrations'
+prompts itself, and is then trained to tell the demonstrations from its own answers. For a prompt x, a
+demonstration y+ and the model's own response y- ~ pi_t(.|x), where pi_t is the model at the start of round
+t:
 
     d(y) = log pi(y|x) - log pi_t(y|x)      the log-ratio, summed over the response's tokens
     h(y) = scale * d(y) + shift             official names: alpha, beta; this beta is not DPO's
