@@ -638,7 +638,7 @@ def read_rows(path, split):
             content = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf")  # Windows' mark of UTF-8
             array = content.lstrip().startswith(b"[")  # of all rows, instead of an object on each line
             for n, line in enumerate(json.loads(content) if array else content.split(b"\n"), 1):
-                place = f"{path} line {n}"  # not splitlines: a text may hold U+2028
+                place = f"{path} {'row' if array else 'line'} {n}"  # not splitlines: a text may hold U+2028
                 if array or line.strip():
                     yield place, line if array else json.loads(line)
             return
@@ -720,7 +720,7 @@ def final_answer(text):
 
 def pad(rows, side, device):
     """[[5, 6], [7]] -> [[5, 6], [7, 0]] for side "right"; (B, T), long."""
-    return pad_sequence([torch.tensor(row) for row in rows], True, 0, side).to(device)
+    return pad_sequence([torch.tensor(row, dtype=torch.long) for row in rows], True, 0, side).to(device)
 
 
 def die(sentence):
@@ -743,7 +743,8 @@ class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFo
     """--help prints the docstring as it is, and the defaults where there are any."""
 
     def _get_help_string(self, action):
-        return super()._get_help_string(action) if action.default else action.help
+        shown = action.default is not None and action.default is not False
+        return super()._get_help_string(action) if shown else action.help
 
 
 # ---- 7. Tasks ----------------------------------------------------------------------------------

@@ -1,8 +1,9 @@
 """GSIL, generalized self-imitation learning (arXiv 2410.10093), in one file.
 
-Aligns a language model from demonstrations alone. In each round the model answers the demonstrations' prompts
-itself, and is then trained to tell the demonstrations from its own answers. For a prompt x, a demonstration y+
-and the model's own response y- ~ pi_t(.|x), where pi_t is the model at the start of round t:
+Aligns a language model from demonstrations alone. In each round the model answers the demonstrations'
+prompts itself, and is then trained to tell the demonstrations from its own answers. For a prompt x, a
+demonstration y+ and the model's own response y- ~ pi_t(.|x), where pi_t is the model at the start of round
+t:
 
     d(y) = log pi(y|x) - log pi_t(y|x)      the log-ratio, summed over the response's tokens
     h(y) = scale * d(y) + shift             official names: alpha, beta; this beta is not DPO's
@@ -38,6 +39,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from jinja2 import TemplateError
+from safetensors import SafetensorError
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
@@ -92,18 +94,18 @@ def parse_args(argv=None):
         args.heldout = args.heldout or f"{TOY}/heldout.jsonl"
     if args.shift is None:
         args.shift = "0" if args.loss in ("spin", "sft") else "learn"  # there it would cancel
-    if args.shift != "learn" and not re.fullmatch(r"[+-]?[\d.]+(e[+-]?\d+)?", args.shift):
+    if args.shift != "learn" and not re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d\d?)?", args.shift, re.I):
         parser.error(f"--shift {args.shift}: neither a number nor 'learn'")
     for name, value in vars(args).items():
         zero = name in ("rounds", "temperature", "warmup", "seed", "checkpoint_activations")
         if isinstance(value, (int, float)) and not (0 < value < math.inf or (zero and value == 0)):
             parser.error(f"--{name.replace('_', '-')} {value}: must be above 0" + ", or 0" * zero)
-    if args.rounds > 1 and args.scale <= 0.5 and args.loss != "sft":
-        print(f"warning: rounds do not settle at --scale {args.scale:g}: use --rounds 1 or --scale 1")
     n = 1
     while not args.out and Path(f"runs/gsil-{args.loss}-{n}").exists():
         n += 1
     args.out = args.out or f"runs/gsil-{args.loss}-{n}"
+    if os.path.exists(args.out) and (os.path.isfile(args.out) or os.listdir(args.out)):
+        parser.error(f"--out {args.out} is there already: name another folder, or --resume {args.out}")
     return args
 
 
@@ -314,6 +316,8 @@ def self_play(policy, demos, respond, tokenizer, seed, folder, args):
 def main(args):
     """The start model, rounds, SFT for comparison, the table; returns what summary.json holds."""
     start_processes()
+    if args.rounds > 1 and args.scale <= 0.5 and args.loss != "sft":
+        print(f"warning: rounds do not settle at --scale {args.scale:g}: use --rounds 1 or --scale 1")
     config, tokenizer, eos_ids = load_tokenizer(args)
     demos, dev, heldout, max_new_tokens = read_data(config, tokenizer, eos_ids, args)
     policy = load_model(args.model, args)
@@ -328,8 +332,9 @@ def main(args):
     report("base", policy, None)
     for t in range(1, args.rounds + 1):
         name, folder, seed = f"round {t}", out / f"round_{t}", f"{args.seed} round {t}"
-        began = time.time()
+        seconds = None
         if not folder.exists():  # a resumed run may have this round behind it
+            began = time.time()
             print(f"\n{name} of {args.rounds}")
             if args.loss == "sft":
                 steps = train(policy, demos, likelihood, args.epochs, args, seed)
@@ -343,9 +348,10 @@ def main(args):
                 steps = train(policy, pairs, loss_of, args.epochs, args, seed, shift, first_loss)
             log_steps(out, name, steps)  # the training happens while its steps are logged
             save_model(policy, tokenizer, folder)
+            seconds = time.time() - began
         del policy  # the next one needs the room
         policy = load_model(folder, args)
-        report(name, policy, time.time() - began)
+        report(name, policy, seconds)
     del policy
 
     if args.baseline == "sft" and args.loss != "sft" and args.rounds:
@@ -403,7 +409,7 @@ def read_rows(path, split):
             content = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf")  # Windows' mark of UTF-8
             array = content.lstrip().startswith(b"[")  # of all rows, instead of an object on each line
             for n, line in enumerate(json.loads(content) if array else content.split(b"\n"), 1):
-                place = f"{path} line {n}"  # not splitlines: a text may hold U+2028
+                place = f"{path} {'row' if array else 'line'} {n}"  # not splitlines: a text may hold U+2028
                 if array or line.strip():
                     yield place, line if array else json.loads(line)
             return
@@ -701,8 +707,6 @@ def saved_args(args, parser):
 def open_folder(args):
     """The run's folder, and the rows of the table that a resumed run has: {name: record}."""
     out = Path(args.out)
-    if out.exists() and any(out.iterdir()) and not args.resume:
-        die(f"--out {out} is not empty: name another folder, or continue that run by --resume {out}")
     file = out / "metrics.jsonl"
     records = read_json_lines(file) if file.exists() else []
     kept = []  # what an interrupted phase has logged happens again, and so does the SFT baseline
@@ -748,7 +752,8 @@ class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFo
     """--help prints the docstring as it is, and the defaults where there are any."""
 
     def _get_help_string(self, action):
-        return super()._get_help_string(action) if action.default else action.help
+        shown = action.default is not None and action.default is not False
+        return super()._get_help_string(action) if shown else action.help
 
 
 def die(sentence):
@@ -830,7 +835,7 @@ def batches(lengths, max_items=math.inf, max_tokens=math.inf):
 
 def pad(rows, side, device):
     """[[5, 6], [7]] -> [[5, 6], [7, 0]] for side "right"; (B, T), long."""
-    return pad_sequence([torch.tensor(row) for row in rows], True, 0, side).to(device)
+    return pad_sequence([torch.tensor(row, dtype=torch.long) for row in rows], True, 0, side).to(device)
 
 
 def autocast(model):
@@ -887,10 +892,12 @@ def micro_batches(batch, max_tokens):
     for row in batch:  # one text, or two that are padded to the longer one
         sides = [len(row[key]) for key in ("real_ids", "generated_ids") if key in row]
         lengths.append(len(sides) * (len(row["prompt_ids"]) + max(sides)))
+    order = sorted(range(len(batch)), key=lengths.__getitem__)
+    groups = [order[n : n + world] for n in range(0, len(batch), world)]  # a row for every rank
     parts = []
-    for rows in batches(lengths, max_tokens=max_tokens * world):
-        share = rows[rank::world]
-        parts.append(([batch[i] for i in share or rows[:1]], len(share)))
+    for part in batches([lengths[group[-1]] for group in groups], max_tokens=max_tokens):
+        share = [groups[n][rank] for n in part if rank < len(groups[n])]
+        parts.append(([batch[i] for i in share or groups[part[0]][:1]], len(share)))
     return parts
 
 
@@ -931,7 +938,7 @@ if __name__ == "__main__":
     arguments = parse_args()
     try:
         main(arguments)
-    except (KeyboardInterrupt, OSError, torch.OutOfMemoryError) as error:
+    except (KeyboardInterrupt, OSError, SafetensorError, torch.OutOfMemoryError) as error:
         die(f"{str(error) or 'stopped'}; what was saved is safe: see --resume {arguments.out}")
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -41,6 +41,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from jinja2 import TemplateError
+from safetensors import SafetensorError
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
@@ -701,7 +702,7 @@ def read_rows(path, split):
             content = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf")  # Windows' mark of UTF-8
             array = content.lstrip().startswith(b"[")  # of all rows, instead of an object on each line
             for n, line in enumerate(json.loads(content) if array else content.split(b"\n"), 1):
-                place = f"{path} line {n}"  # not splitlines: a text may hold U+2028
+                place = f"{path} {'row' if array else 'line'} {n}"  # not splitlines: a text may hold U+2028
                 if array or line.strip():
                     yield place, line if array else json.loads(line)
             return
@@ -1003,8 +1004,6 @@ def saved_args(args, parser):
 def open_folder(args):
     """The run's folder, and the rows of the table that a resumed run has: {name: record}."""
     out = Path(args.out)
-    if out.exists() and any(out.iterdir()) and not args.resume:
-        die(f"--out {out} is not empty: name another folder, or continue that run by --resume {out}")
     file = out / "metrics.jsonl"
     records = read_json_lines(file) if file.exists() else []
     kept = []  # what an interrupted phase has logged happens again, and so does the SFT baseline
@@ -1050,7 +1049,8 @@ class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFo
     """--help prints the docstring as it is, and the defaults where there are any."""
 
     def _get_help_string(self, action):
-        return super()._get_help_string(action) if action.default else action.help
+        shown = action.default is not None and action.default is not False
+        return super()._get_help_string(action) if shown else action.help
 
 
 def die(sentence):
@@ -1132,7 +1132,7 @@ def batches(lengths, max_items=math.inf, max_tokens=math.inf):
 
 def pad(rows, side, device):
     """[[5, 6], [7]] -> [[5, 6], [7, 0]] for side "right"; (B, T), long."""
-    return pad_sequence([torch.tensor(row) for row in rows], True, 0, side).to(device)
+    return pad_sequence([torch.tensor(row, dtype=torch.long) for row in rows], True, 0, side).to(device)
 
 
 def autocast(model):
@@ -1189,10 +1189,12 @@ def micro_batches(batch, max_tokens):
     for row in batch:  # one text, or two that are padded to the longer one
         sides = [len(row[key]) for key in ("real_ids", "generated_ids") if key in row]
         lengths.append(len(sides) * (len(row["prompt_ids"]) + max(sides)))
+    order = sorted(range(len(batch)), key=lengths.__getitem__)
+    groups = [order[n : n + world] for n in range(0, len(batch), world)]  # a row for every rank
     parts = []
-    for rows in batches(lengths, max_tokens=max_tokens * world):
-        share = rows[rank::world]
-        parts.append(([batch[i] for i in share or rows[:1]], len(share)))
+    for part in batches([lengths[group[-1]] for group in groups], max_tokens=max_tokens):
+        share = [groups[n][rank] for n in part if rank < len(groups[n])]
+        parts.append(([batch[i] for i in share or groups[part[0]][:1]], len(share)))
     return parts
 
 
@@ -1233,7 +1235,7 @@ if __name__ == "__main__":
     arguments = parse_args()
     try:
         main(arguments)
-    except (KeyboardInterrupt, OSError, torch.OutOfMemoryError) as error:
+    except (KeyboardInterrupt, OSError, SafetensorError, torch.OutOfMemoryError) as error:
         die(f"{str(error) or 'stopped'}; what was saved is safe: see --resume {arguments.out}")
     if dist.is_initialized():
         dist.destroy_process_group()

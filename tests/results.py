@@ -115,7 +115,7 @@ class Mixed:
     def __call__(self, past_key_values=None, **inputs):
         caches = past_key_values.caches if past_key_values else [None, None]
         outs = [model(past_key_values=cache, **inputs) for model, cache in zip(self.models, caches)]
-        base, sft = (out.logits.log_softmax(-1) for out in outs)                            # (B, T, V) each
+        base, sft = (out.logits.log_softmax(-1) for out in outs)  # (B, T, V) each
         caches = [out.past_key_values for out in outs]
         keep = lambda rows: [cache.batch_select_indices(rows) for cache in caches]  # noqa: E731
         return SimpleNamespace(

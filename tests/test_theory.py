@@ -19,6 +19,7 @@ itself: logistic, hinge, brier, kliep, lsif. spin is pairwise: it sees the diffe
     3. many rounds            where they end, and that this is where SFT ends
     4. large h                what keeps the exponentials finite
 """
+
 import itertools
 import math
 
@@ -28,15 +29,15 @@ import torch
 from gsil import H_MAX, LOSSES
 from make_toy import HASTY
 
-RATIO = ["logistic", "brier", "kliep", "lsif"]      # the one-sided losses that find the ratio p/pi itself
-SMOOTH = [*RATIO, "spin"]                           # hinge has kinks, where LBFGS gets stuck
+RATIO = ["logistic", "brier", "kliep", "lsif"]  # the one-sided losses that find the ratio p/pi itself
+SMOOTH = [*RATIO, "spin"]  # hinge has kinks, where LBFGS gets stuck
 
 
 def vector(*values):
     return torch.tensor(values, dtype=torch.float64)
 
 
-P, PI = vector(.6, .3, .1), vector(.2, .3, .5)      # the example of the whole chapter
+P, PI = vector(0.6, 0.3, 0.1), vector(0.2, 0.3, 0.5)  # the example of the whole chapter
 
 
 def close(found, expected, tolerance=1e-6):
@@ -48,7 +49,7 @@ def close(found, expected, tolerance=1e-6):
 def expected_loss(loss, h_real, h_generated, p, pi):
     """E loss(h(y+), h(y-)) over y+ ~ p, y- ~ pi. Arguments (outcomes,), or (prompts, outcomes): the sum."""
     real, generated = torch.broadcast_tensors(h_real[..., :, None], h_generated[..., None, :])
-    probability = p[..., :, None] * pi[..., None, :]        # of each pair: (..., outcomes, outcomes)
+    probability = p[..., :, None] * pi[..., None, :]  # of each pair: (..., outcomes, outcomes)
     return (probability.flatten() * LOSSES[loss](real.flatten(), generated.flatten())).sum()
 
 
@@ -56,8 +57,9 @@ def minimise(objective, *parameters):
     """Change the parameters in place until objective() is as small as it gets. For smooth objectives."""
     for parameter in parameters:
         parameter.requires_grad_()
-    optimizer = torch.optim.LBFGS(parameters, max_iter=500, tolerance_grad=1e-12, tolerance_change=1e-16,
-                                  line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS(
+        parameters, max_iter=500, tolerance_grad=1e-12, tolerance_change=1e-16, line_search_fn="strong_wolfe"
+    )
 
     def closure():
         optimizer.zero_grad()
@@ -70,7 +72,7 @@ def minimise(objective, *parameters):
 
 def one_round(loss, p, pi, scale, shift=0.0, learned=()):
     """The policy after a round trained to its optimum. learned: what is trained with it, such as a shift."""
-    logits = pi.log().clone()                               # at step 0 the policy is the reference
+    logits = pi.log().clone()  # at step 0 the policy is the reference
 
     def objective():
         h = scale * (logits.log_softmax(-1) - pi.log()) + shift
@@ -100,14 +102,18 @@ def all_pairs(h):
 
 # ---- 1. What a loss knows ----------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("loss, at_0, at_2", [
-    ("logistic", 2 * math.log(2), 2 * math.log1p(math.exp(-2)) + 2),        # 1.3863, 2.254
-    ("hinge", 2, 3),
-    ("brier", 0.5, (1 + math.exp(4)) / (1 + math.exp(2)) ** 2),             # 0.790
-    ("kliep", 1, math.exp(2) - 2),                                          # 5.389
-    ("lsif", -0.5, math.exp(4) / 2 - math.exp(2)),                          # 19.91
-    ("spin", math.log(2), math.log(2)),                                     # a shift cancels in h+ - h-
-])
+
+@pytest.mark.parametrize(
+    "loss, at_0, at_2",
+    [
+        ("logistic", 2 * math.log(2), 2 * math.log1p(math.exp(-2)) + 2),  # 1.3863, 2.254
+        ("hinge", 2, 3),
+        ("brier", 0.5, (1 + math.exp(4)) / (1 + math.exp(2)) ** 2),  # 0.790
+        ("kliep", 1, math.exp(2) - 2),  # 5.389
+        ("lsif", -0.5, math.exp(4) / 2 - math.exp(2)),  # 19.91
+        ("spin", math.log(2), math.log(2)),  # a shift cancels in h+ - h-
+    ],
+)
 def test_losses_before_the_first_step(loss, at_0, at_2):
     """Policy == reference: d = 0, h = shift, and every loss has a value that can be worked out by hand.
 
@@ -126,7 +132,7 @@ def test_losses_push_real_up_and_generated_down(loss):
 
     The least a loss must do to imitate: with one sign wrong, training would unlearn the demonstrations.
     """
-    real, generated = all_pairs(torch.linspace(-0.9, 0.9, 7))               # hinge is flat from 1 on: part 3
+    real, generated = all_pairs(torch.linspace(-0.9, 0.9, 7))  # hinge is flat from 1 on: part 3
     LOSSES[loss](real, generated).sum().backward()
     assert (real.grad < 0).all() and (generated.grad > 0).all()
 
@@ -140,7 +146,7 @@ def test_the_best_h_is_the_log_ratio(loss):
     """
     h = vector(0, 0, 0)
     minimise(lambda: expected_loss(loss, h, h, P, PI), h)
-    close(h, (P / PI).log())                                                # (1.099, 0, -1.609)
+    close(h, (P / PI).log())  # (1.099, 0, -1.609)
 
 
 def test_spin_finds_the_log_ratio_up_to_a_constant():
@@ -153,7 +159,7 @@ def test_spin_finds_the_log_ratio_up_to_a_constant():
     close(expected_loss("spin", moved, moved, P, PI), expected_loss("spin", h, h, P, PI), 1e-12)
 
 
-@pytest.mark.parametrize("demonstrators", [(.6, .35, .05), (.25, .35, .4)])
+@pytest.mark.parametrize("demonstrators", [(0.6, 0.35, 0.05), (0.25, 0.35, 0.4)])
 def test_hinge_finds_the_sign_only(demonstrators):
     """Two groups of demonstrators, one far from pi and one near it, and hinge says (1, 1, -1) to both.
 
@@ -162,8 +168,10 @@ def test_hinge_finds_the_sign_only(demonstrators):
     an optimizer, a grid that contains the kinks.)
     """
     p, grid = vector(*demonstrators), [-2, -1.5, -1, -0.5, 0, 0.5, 1, 1.5, 2]
-    best = min(itertools.product(grid, repeat=3),
-               key=lambda h: expected_loss("hinge", vector(*h), vector(*h), p, PI).item())
+    best = min(
+        itertools.product(grid, repeat=3),
+        key=lambda h: expected_loss("hinge", vector(*h), vector(*h), p, PI).item(),
+    )
     assert best == (1, 1, -1)
 
 
@@ -175,12 +183,15 @@ def bregman(phi, h_real, h_generated):
     return (-slope_real + generated * slope_generated - phi(generated)).detach()
 
 
-@pytest.mark.parametrize("loss, phi, constant", [
-    ("logistic", lambda r: r * r.log() - (1 + r) * (1 + r).log(), 0),
-    ("brier", lambda r: 1 / (1 + r), 1),
-    ("kliep", lambda r: r * r.log() - r, 0),
-    ("lsif", lambda r: (r - 1) ** 2 / 2, -0.5),
-])
+@pytest.mark.parametrize(
+    "loss, phi, constant",
+    [
+        ("logistic", lambda r: r * r.log() - (1 + r) * (1 + r).log(), 0),
+        ("brier", lambda r: 1 / (1 + r), 1),
+        ("kliep", lambda r: r * r.log() - r, 0),
+        ("lsif", lambda r: (r - 1) ** 2 / 2, -0.5),
+    ],
+)
 def test_four_losses_are_one_family(loss, phi, constant):
     """Each of the four is E_p[-phi'(r)] + E_pi[r phi'(r) - phi(r)] with a convex phi of its own, r = exp(h).
 
@@ -190,7 +201,7 @@ def test_four_losses_are_one_family(loss, phi, constant):
     constants given above, which no gradient sees. A forgotten 1/2 on one side would leave all signs right
     and move the optimum.
     """
-    h = torch.linspace(-4, 4, 33, dtype=torch.float64)                      # inside H_MAX: part 4
+    h = torch.linspace(-4, 4, 33, dtype=torch.float64)  # inside H_MAX: part 4
     real, generated = torch.cartesian_prod(h, h).unbind(1)
     close(LOSSES[loss](real, generated) - bregman(phi, real, generated), real * 0 + constant, 1e-9)
 
@@ -201,6 +212,7 @@ def test_a_new_phi_is_a_new_loss(monkeypatch):
     phi = -2 sqrt(r) gives exp(-h+/2) + exp(h-/2), the exponential loss of AdaBoost. One line in LOSSES, and
     it finds the ratio as the others do. (For long responses its exponentials need what part 4 shows.)
     """
+
     def boosting(h_real, h_generated):
         return torch.exp(-h_real / 2) + torch.exp(h_generated / 2)
 
@@ -217,6 +229,7 @@ def test_a_new_phi_is_a_new_loss(monkeypatch):
 # From now on h is not free: it is scale * log(pi'/pi) + shift, and pi' has to sum to one. If h is to be
 # log p/pi, then pi' is pi (p/pi)^(1/scale) exp(-shift/scale): a sum of one needs shift = scale * log Z.
 
+
 def test_the_closed_form_by_hand():
     """Scale 1/2 squares p/pi: (.2, .3, .5) * (9, 1, 1/25) = (1.8, .3, .02), and Z = 2.12.
 
@@ -224,8 +237,8 @@ def test_the_closed_form_by_hand():
     habits. Scale 1 would land on p, scale 2 on the way there.
     """
     policy, shift = closed_form(P, PI, 0.5)
-    close(policy, [.849, .142, .009], 5e-4)
-    close(shift, [.376], 5e-4)
+    close(policy, [0.849, 0.142, 0.009], 5e-4)
+    close(shift, [0.376], 5e-4)
     first = [closed_form(P, PI, scale)[0][0].item() for scale in (2, 1, 0.5)]
     assert PI[0] < first[0] < first[1] < first[2] and math.isclose(first[1], P[0])
 
@@ -247,7 +260,7 @@ def test_with_the_right_shift_all_four_reach_the_closed_form(loss, scale):
     policy, shift = closed_form(P, PI, scale)
     close(one_round(loss, P, PI, scale, shift), policy)
     if scale == 1:
-        close(shift, [0.])
+        close(shift, [0.0])
         close(one_round(loss, P, PI, scale, shift=0.0), P)
 
 
@@ -259,7 +272,7 @@ def test_without_the_shift_a_round_is_more_timid():
     has the same luck at scale 1, where it is SFT: part 3.) Between 1/2 and 1, lsif even goes further than
     SPIN.
     """
-    close(one_round("logistic", P, PI, 0.5), [.755, .225, .019], 5e-4)      # closed form: (.849, .142, .009)
+    close(one_round("logistic", P, PI, 0.5), [0.755, 0.225, 0.019], 5e-4)  # closed form: (.849, .142, .009)
     exact = closed_form(P, PI, 0.5)[0]
     for loss in ("logistic", "brier", "kliep"):
         assert P[0] + 0.1 < one_round(loss, P, PI, 0.5)[0] < exact[0] - 0.05
@@ -291,10 +304,10 @@ def test_one_shift_for_all_prompts_is_a_compromise(loss):
     .982) and the other one too much (.86 to .89 instead of .690). A shift per prompt is exact; a single
     number is a compromise, one reason why a measured table need not agree with the closed form.
     """
-    p = torch.stack([P, vector(.4, .3, .3)])                                # (2 prompts, 3 outcomes)
-    pi = torch.stack([PI, vector(.3, .3, .4)])
-    exact, right = closed_form(p, pi, 0.25)                                 # (2, 3), (2, 1)
-    close(exact[:, 0], [.982, .690], 5e-4)
+    p = torch.stack([P, vector(0.4, 0.3, 0.3)])  # (2 prompts, 3 outcomes)
+    pi = torch.stack([PI, vector(0.3, 0.3, 0.4)])
+    exact, right = closed_form(p, pi, 0.25)  # (2, 3), (2, 1)
+    close(exact[:, 0], [0.982, 0.690], 5e-4)
     close(one_round(loss, p, pi, 0.25, right), exact)
     shift = learnable_shift()
     learned = one_round(loss, p, pi, 0.25, shift, learned=[shift])
@@ -308,12 +321,12 @@ def test_spin_cannot_learn_a_shift():
     h = 0.5 * random_logits(1)[0] + shift
     expected_loss("spin", h, h, P, PI).backward()
     assert abs(shift.grad.item()) < 1e-12
-    expected_loss("logistic", h, h, P, PI).backward()                       # any other loss does move it
+    expected_loss("logistic", h, h, P, PI).backward()  # any other loss does move it
     assert abs(shift.grad.item()) > 1e-3
 
 
 @pytest.mark.parametrize("loss", ["spin", "logistic"])
-@pytest.mark.parametrize("scale, predicted", [(1, .65), (0.5, .89), (0.3, .99)])
+@pytest.mark.parametrize("scale, predicted", [(1, 0.65), (0.5, 0.89), (0.3, 0.99)])
 def test_what_the_closed_form_says_about_the_toy(loss, scale, predicted):
     """tests/toy in one line: an answer is worked or hasty, two outcomes, and problems have 2, 3 or 4 steps.
 
@@ -322,7 +335,8 @@ def test_what_the_closed_form_says_about_the_toy(loss, scale, predicted):
     answers will show their working after one round, with spin or with the right shifts. README puts what
     was measured beside it.
     """
-    def worked_or_hasty(writer):                            # (3, 2): after 2, 3, 4 steps; worked, hasty
+
+    def worked_or_hasty(writer):  # (3, 2): after 2, 3, 4 steps; worked, hasty
         hasty = vector(*HASTY[writer].values())
         return torch.stack([1 - hasty, hasty], -1)
 
@@ -335,6 +349,7 @@ def test_what_the_closed_form_says_about_the_toy(loss, scale, predicted):
 
 # ---- 3. Many rounds: where they end ------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("scale", [0.4, 0.5, 0.7, 1, 2])
 def test_a_round_multiplies_the_error_by_one_minus_one_over_scale(scale):
     """The logarithm of the closed form is log(pi'/p) = (1 - 1/scale) log(pi/p) + constant. Here: five rounds.
@@ -343,11 +358,12 @@ def test_a_round_multiplies_the_error_by_one_minus_one_over_scale(scale):
     and 1/2 at 2, which creeps up from one side. So rounds converge for scale > 1/2; below, more rounds do
     harm.
     """
+
     def error(policy):
         log_ratio = (policy / P).log()
-        return log_ratio - log_ratio.mean()                 # up to a constant: without its mean
+        return log_ratio - log_ratio.mean()  # up to a constant: without its mean
 
-    policy = vector(.4, .3, .3)
+    policy = vector(0.4, 0.3, 0.3)
     for _ in range(5):
         before, policy = error(policy), one_round("spin", P, policy, scale)
         close(error(policy), (1 - 1 / scale) * before, 1e-5)
@@ -362,7 +378,7 @@ def test_the_three_fates_of_iterated_spin():
     for _ in range(3):
         policy = one_round("spin", P, policy, 0.4)
         first_outcome.append(policy[0].item())
-    close(first_outcome, [.910, .012, .988], 5e-4)                          # the demonstrators': .6
+    close(first_outcome, [0.910, 0.012, 0.988], 5e-4)  # the demonstrators': .6
 
 
 @pytest.mark.parametrize("scale", [0.4, 0.7, 2])
@@ -373,7 +389,7 @@ def test_without_the_shift_the_limit_is_the_same(loss, scale):
     So the one-sided losses at shift 0, timid as they are far from p, obey the same factor at last: below
     scale 1/2 they too leave p, and end in a swing around it. No choice of loss makes many rounds safe.
     """
-    near = (P.log() + vector(.001, 0, -.001)).softmax(-1)
+    near = (P.log() + vector(0.001, 0, -0.001)).softmax(-1)
     before, after = [(policy / P).log() for policy in (near, one_round(loss, P, near, scale))]
     close(after, (1 - 1 / scale) * before, 2e-5)
 
@@ -403,17 +419,19 @@ def test_on_average_generated_responses_do_not_push_at_first(loss):
     are samples of pi: with greedy ones (always the likeliest outcome, as in the official code) it is false.
     """
     for logits in random_logits(5):
-        pushes = torch.autograd.functional.jacobian(lambda x: x.log_softmax(-1), logits)    # (outcome, logit)
-        assert (pushes.abs().amax(-1) > 1e-2).all()                         # each response pushes,
-        close(logits.softmax(-1) @ pushes, vector(0, 0, 0), 1e-12)          # their mean does not
+        pushes = torch.autograd.functional.jacobian(lambda x: x.log_softmax(-1), logits)  # (outcome, logit)
+        assert (pushes.abs().amax(-1) > 1e-2).all()  # each response pushes,
+        close(logits.softmax(-1) @ pushes, vector(0, 0, 0), 1e-12)  # their mean does not
         greedy = torch.nn.functional.one_hot(logits.argmax(), 3).double()
         for shift in (-0.5, 0, 0.5, 2):
             close(first_gradient(loss, logits, P, 1, shift, generated_only=True), vector(0, 0, 0), 1e-12)
             assert first_gradient(loss, logits, P, 1, shift, greedy, generated_only=True).norm() > 1e-2
 
 
-@pytest.mark.parametrize("loss, factor", [("logistic", 1 / 2), ("hinge", 1), ("brier", 1 / 4), ("kliep", 1),
-                                          ("lsif", 1), ("spin", 1 / 2)])
+@pytest.mark.parametrize(
+    "loss, factor",
+    [("logistic", 1 / 2), ("hinge", 1), ("brier", 1 / 4), ("kliep", 1), ("lsif", 1), ("spin", 1 / 2)],
+)
 def test_the_first_step_of_a_round_is_a_step_of_sft(loss, factor):
     """At shift 0 what is left of the gradient is SFT's, times scale, times the slope of the loss at h = 0.
 
@@ -427,13 +445,13 @@ def test_the_first_step_of_a_round_is_a_step_of_sft(loss, factor):
 @pytest.mark.parametrize("loss", LOSSES)
 def test_a_policy_that_writes_like_the_demonstrators_stays(loss):
     """pi = p: nothing tells real from generated, so there is no gradient. Elsewhere there is one."""
-    for shift in (-0.9, 0, 0.9):                            # inside hinge's margin; beyond it: see below
+    for shift in (-0.9, 0, 0.9):  # inside hinge's margin; beyond it: see below
         close(first_gradient(loss, P.log(), P, 0.5, shift), vector(0, 0, 0), 1e-12)
         assert first_gradient(loss, PI.log(), P, 0.5, shift).norm() > 1e-2
 
 
-FEATURE = vector(0, 1, 2)       # a policy with one parameter, softmax(slope * FEATURE), can only tilt,
-DENTED = vector(.6, .1, .3)     # and these demonstrators have a dent in the middle: it cannot become them
+FEATURE = vector(0, 1, 2)  # a policy with one parameter, softmax(slope * FEATURE), can only tilt,
+DENTED = vector(0.6, 0.1, 0.3)  # and these demonstrators have a dent in the middle: it cannot become them
 
 
 def sft_slope():
@@ -453,11 +471,11 @@ def test_a_policy_that_cannot_write_like_them_stays_where_sft_stays(loss):
     """
     slope = sft_slope()
     assert ((slope * FEATURE).softmax(-1) - DENTED).abs().max() > 0.1
-    for step in (-0.5, 0.0, 0.5):                           # beside SFT's point, at it, beside it
+    for step in (-0.5, 0.0, 0.5):  # beside SFT's point, at it, beside it
         by_logit = first_gradient(loss, (slope + step) * FEATURE, DENTED)
-        by_slope = FEATURE @ by_logit                       # chain rule: logits = slope * FEATURE
+        by_slope = FEATURE @ by_logit  # chain rule: logits = slope * FEATURE
         if step:
-            assert by_slope * step > 1e-2                   # descent leads back
+            assert by_slope * step > 1e-2  # descent leads back
         else:
             close(by_slope, 0.0)
 
@@ -469,6 +487,7 @@ def test_endless_rounds_end_where_sft_ends(loss):
     All but kliep's, which at scale 1 is SFT. (hinge is left out: it only knows signs, so rounds trained to
     their end jump to and fro around the point where they would have stayed.)
     """
+
     def round_from(start):
         slope, reference = start.clone(), (start * FEATURE).log_softmax(-1)
 
@@ -479,7 +498,7 @@ def test_endless_rounds_end_where_sft_ends(loss):
         minimise(objective, slope)
         return slope.detach()
 
-    slopes = [vector(.8)]
+    slopes = [vector(0.8)]
     for _ in range(25):
         slopes.append(round_from(slopes[-1]))
     close(slopes[-1], sft_slope(), 1e-5)
@@ -525,20 +544,24 @@ def test_hinge_with_a_shift_of_1_or_more_starts_blind():
 # The log-ratio of a long response is a sum over its tokens: hundreds are no accident. exp(90) is infinite in
 # float32, and on finite data nothing stops -exp(h+), the real side of lsif, from falling for ever.
 
+
 @pytest.mark.parametrize("loss", LOSSES)
 def test_no_loss_and_no_gradient_overflows(loss):
     """In float32 and for every pair of h up to 1000 in size: a single inf or nan would end a run of days."""
-    h = torch.tensor([-1e3, -100., -45., -H_MAX, 0., H_MAX, 45., 100., 1e3])
+    h = torch.tensor([-1e3, -100.0, -45.0, -H_MAX, 0.0, H_MAX, 45.0, 100.0, 1e3])
     real, generated = all_pairs(h)
     losses = LOSSES[loss](real, generated)
     losses.sum().backward()
     assert losses.isfinite().all() and real.grad.isfinite().all() and generated.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("loss, textbook", [
-    ("kliep", lambda h_real, h_generated: -h_real + torch.exp(h_generated)),
-    ("lsif", lambda h_real, h_generated: -torch.exp(h_real) + 0.5 * torch.exp(2 * h_generated)),
-])
+@pytest.mark.parametrize(
+    "loss, textbook",
+    [
+        ("kliep", lambda h_real, h_generated: -h_real + torch.exp(h_generated)),
+        ("lsif", lambda h_real, h_generated: -torch.exp(h_real) + 0.5 * torch.exp(2 * h_generated)),
+    ],
+)
 def test_up_to_h_max_losses_are_the_textbook_ones(loss, textbook):
     """What keeps them finite must not touch |h| <= H_MAX, in value or gradient, to the last digit.
 
@@ -563,7 +586,7 @@ def test_beyond_h_max_generated_responses_are_still_pushed_down(loss, push):
     """
     generated = vector(H_MAX, H_MAX + 1, 50, 1000).requires_grad_()
     LOSSES[loss](vector(0, 0, 0, 0), generated).sum().backward()
-    close(generated.grad / push, [1.] * 4, 1e-9)
+    close(generated.grad / push, [1.0] * 4, 1e-9)
 
 
 def test_beyond_h_max_lsif_stops_rewarding_real_responses():

@@ -18,15 +18,26 @@ are written out, nothing is sampled. "Fitted" means trained to the optimum.
     5. the unseen action      what a bounded reward keeps and SFT does not
     6. IRFT                   the same without a reward model
 """
+
 import pytest
 import torch
 
 import gsil
 from irft import LOSSES, REWARD_LOSSES, advantages, clipped_loss
-from test_theory import (P, PI, all_pairs, close, closed_form, minimise, one_round, random_logits,
-                         sft_gradient, vector)
+from test_theory import (
+    P,
+    PI,
+    all_pairs,
+    close,
+    closed_form,
+    minimise,
+    one_round,
+    random_logits,
+    sft_gradient,
+    vector,
+)
 
-REWARD = vector(1, 0, -0.5)                         # an example; pi_ref is PI throughout
+REWARD = vector(1, 0, -0.5)  # an example; pi_ref is PI throughout
 
 
 def best_policy(r, kl):
@@ -51,6 +62,7 @@ def without_mean(x):
 
 
 # ---- 1. The policy's turn ----------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("kl", [0.1, 0.5, 2])
 def test_the_best_policy_tilts_the_reference(kl):
@@ -104,16 +116,17 @@ def test_the_policy_gradient_is_exact_at_every_policy(kl):
 
 # ---- 2. Samples --------------------------------------------------------------------------------------------
 
+
 def test_an_advantage_is_measured_against_the_other_samples():
     """Three samples of one prompt earn 1, 2, 6: the first is compared with (2 + 6) / 2, and so on.
 
     Rows sum to zero and prompts do not mix. A number added to all rewards of a prompt cancels: welcome, as
     part 3 leaves it unknown. Nothing is divided by the spread: half the reward is half the push.
     """
-    rewards = torch.tensor([[1., 2, 6], [0, 0, 3]], dtype=torch.float64, requires_grad=True)
+    rewards = torch.tensor([[1.0, 2, 6], [0, 0, 3]], dtype=torch.float64, requires_grad=True)
     found = advantages(rewards)
     close(found, [[-3, -1.5, 4.5], [-1.5, -1.5, 3]], 1e-12)
-    close(advantages(rewards + torch.tensor([[7.], [-2]])), found, 1e-12)
+    close(advantages(rewards + torch.tensor([[7.0], [-2]])), found, 1e-12)
     assert not found.requires_grad
 
 
@@ -124,14 +137,14 @@ def test_advantages_are_right_on_average(samples):
     What the others earned is a constant to this sample. The mean of ALL samples is not, it contains it:
     with it, advantages and gradient would be too small by the factor (samples - 1) / samples.
     """
-    groups = torch.cartesian_prod(*[torch.arange(3)] * samples)             # (3 ** samples, samples)
+    groups = torch.cartesian_prod(*[torch.arange(3)] * samples)  # (3 ** samples, samples)
     for logits in random_logits(3):
         logits = logits.clone().requires_grad_()
         logp = logits.log_softmax(-1)
         rewards = totals(logp, kl=0.5)[groups]
         found = advantages(rewards)
         losses = clipped_loss(logp[groups].flatten(), logp[groups].flatten(), found.flatten())
-        probability = logp.detach().exp()[groups].prod(1)                   # of each group
+        probability = logp.detach().exp()[groups].prod(1)  # of each group
         mean = (probability * losses.view(groups.shape).mean(1)).sum()
         close(torch.autograd.grad(mean, logits)[0], exact_gradient(logits, kl=0.5), 1e-12)
         small = rewards - rewards.mean(1, keepdim=True)
@@ -145,7 +158,7 @@ def test_the_first_inner_step_is_reinforce():
     nothing would be learned. Through the latter comes that of kl * log pi, 0 on average, so part 1 cannot
     see it: pure noise. This test can.
     """
-    logps = vector(-40, -3, -0.1).requires_grad_()          # sums over the tokens of whole responses
+    logps = vector(-40, -3, -0.1).requires_grad_()  # sums over the tokens of whole responses
     old, earned = logps.detach().clone().requires_grad_(), vector(2, -1, 0.5).requires_grad_()
     losses = clipped_loss(logps, old, earned)
     losses.sum().backward()
@@ -162,8 +175,10 @@ def test_clip_stops_a_response_that_has_moved_far_enough():
     a bad response that became likelier is pushed down all the harder.
     """
     ratio, old = vector(0.5, 0.9, 1.1, 1.5), vector(-20, -20, -20, -20)
-    for earned, losses, slopes in [(1, [-.5, -.9, -1.1, -1.2], [-.5, -.9, -1.1, 0]),
-                                   (-1, [.8, .9, 1.1, 1.5], [0, .9, 1.1, 1.5])]:
+    for earned, losses, slopes in [
+        (1, [-0.5, -0.9, -1.1, -1.2], [-0.5, -0.9, -1.1, 0]),
+        (-1, [0.8, 0.9, 1.1, 1.5], [0, 0.9, 1.1, 1.5]),
+    ]:
         logps = (old + ratio.log()).requires_grad_()
         found = clipped_loss(logps, old, vector(*[earned] * 4))
         found.sum().backward()
@@ -172,6 +187,7 @@ def test_clip_stops_a_response_that_has_moved_far_enough():
 
 
 # ---- 3. The reward's turn ----------------------------------------------------------------------------------
+
 
 def fitted_reward(p, pi):
     """The optimum of the logistic reward loss."""
@@ -183,7 +199,7 @@ def fitted_reward(p, pi):
 def reward_gradient(loss, r, p, pi, penalty=0.0):
     """With respect to r, of the expected loss + penalty * (r+^2 + r-^2)."""
     r = r.clone().requires_grad_()
-    value = expected(REWARD_LOSSES[loss], r, p, pi) + penalty * ((p + pi) * r ** 2).sum()
+    value = expected(REWARD_LOSSES[loss], r, p, pi) + penalty * ((p + pi) * r**2).sum()
     return torch.autograd.grad(value, r)[0]
 
 
@@ -232,7 +248,7 @@ def test_a_penalty_gives_the_linear_loss_a_minimum(penalty):
     Which is never beyond 1/(2 penalty): a penalty is a bound in disguise. And it makes the constant known.
     """
     r = (P - PI) / (P + PI) / (2 * penalty)
-    close(reward_gradient("linear", r, P, PI, penalty), vector(0, 0, 0), 1e-12)     # the loss is convex
+    close(reward_gradient("linear", r, P, PI, penalty), vector(0, 0, 0), 1e-12)  # the loss is convex
     assert r.abs().max() < 1 / (2 * penalty)
 
 
@@ -242,7 +258,7 @@ def test_large_rewards_do_not_overflow(loss):
 
     By hand: a pair that is wrong by 200 costs logistic 200, one that is right by 200 nothing.
     """
-    real, generated = all_pairs(torch.tensor([-1e3, -100., 0., 100., 1e3]))
+    real, generated = all_pairs(torch.tensor([-1e3, -100.0, 0.0, 100.0, 1e3]))
     losses = loss(real, generated)
     losses.sum().backward()
     assert losses.shape == (25,) and losses.isfinite().all()
@@ -255,6 +271,7 @@ def test_large_rewards_do_not_overflow(loss):
 #
 # Each round samples from the policy of the moment, gives the reward its turn, then fits the policy. The KL is
 # to the policy before all training, in every round. (In SPIN and IRFT the reference moves along: part 6.)
+
 
 def continued(loss, p, kl, step, rounds, penalty=0.0, bound=float("inf")):
     """The last policy of a double loop whose reward goes on from round to round, one step in each."""
@@ -279,7 +296,7 @@ def test_small_linear_steps_lead_to_the_demonstrators(kl):
     close(2 / curvature, 4.91, 5e-3)
     assert (continued("linear", P, kl, 5 * kl, rounds=400) - P).abs().max() > 0.05
     swing = [continued("linear", P, kl, 6 * kl, rounds)[0] for rounds in (200, 201, 202)]
-    close(swing, [.326, .874, .326], 5e-4)
+    close(swing, [0.326, 0.874, 0.326], 5e-4)
 
 
 def sft(p, learning_rate, steps):
@@ -305,11 +322,14 @@ def between(kl):
     return closed_form(P, PI, 1 + kl)[0]
 
 
-@pytest.mark.parametrize("kl, first_outcome", [
-    (0.5, [.849, .002, .998]),                              # swings ever wider
-    (1, [.6, .2, .6, .2]),                                  # p, the start, p, the start
-    (2, [.398, .293, .345, .319]),                          # settles, far from the demonstrators' .6
-])
+@pytest.mark.parametrize(
+    "kl, first_outcome",
+    [
+        (0.5, [0.849, 0.002, 0.998]),  # swings ever wider
+        (1, [0.6, 0.2, 0.6, 0.2]),  # p, the start, p, the start
+        (2, [0.398, 0.293, 0.345, 0.319]),  # settles, far from the demonstrators' .6
+    ],
+)
 def test_a_reward_refitted_to_the_last_round_flips(kl, first_outcome):
     """A round multiplies the error by -1/kl: the distance from a policy between start and p, not from p.
 
@@ -327,7 +347,7 @@ def test_a_reward_refitted_to_the_last_round_flips(kl, first_outcome):
     close(found, first_outcome, 5e-4)
 
 
-@pytest.mark.parametrize("kl, first_outcome", [(0.1, .566), (0.5, .469), (1, .398)])
+@pytest.mark.parametrize("kl, first_outcome", [(0.1, 0.566), (0.5, 0.469), (1, 0.398)])
 def test_all_rounds_or_small_logistic_steps_end_between_start_and_p(kl, first_outcome):
     """Two ways not to flip: y- from all policies so far, each as often, or a reward that takes small steps.
 
@@ -347,7 +367,7 @@ def test_all_rounds_or_small_logistic_steps_end_between_start_and_p(kl, first_ou
 #
 # pi_ref does the third thing half of the time, SHOWN does not contain it: is it bad, or is SHOWN too short?
 
-SHOWN = vector(.7, .3, 0)
+SHOWN = vector(0.7, 0.3, 0)
 
 
 def test_sft_and_unrestricted_rewards_forget_what_is_not_shown():
@@ -355,14 +375,16 @@ def test_sft_and_unrestricted_rewards_forget_what_is_not_shown():
 
     So IRL as such does not save the third action. Whoever tells the example must name the bound.
     """
-    for train in (lambda steps: sft(SHOWN, 1, steps),
-                  lambda steps: continued("linear", SHOWN, kl=0.5, step=0.5, rounds=steps),
-                  lambda steps: continued("logistic", SHOWN, kl=0.5, step=0.5, rounds=steps)):
+    for train in (
+        lambda steps: sft(SHOWN, 1, steps),
+        lambda steps: continued("linear", SHOWN, kl=0.5, step=0.5, rounds=steps),
+        lambda steps: continued("logistic", SHOWN, kl=0.5, step=0.5, rounds=steps),
+    ):
         unseen = [train(steps)[2].item() for steps in (10, 100, 1000)]
         assert 0.2 > unseen[0] > 3 * unseen[1] > 9 * unseen[2] and unseen[2] < 0.01
 
 
-@pytest.mark.parametrize("kl, unseen", [(0.5, .031), (1, .177)])
+@pytest.mark.parametrize("kl, unseen", [(0.5, 0.031), (1, 0.177)])
 def test_a_bounded_reward_keeps_the_unseen_action(kl, unseen):
     """|r| <= 1: nothing worse than -1 can be said of it. By hand, for linear: r ends at (1, something, -1).
 
@@ -371,12 +393,12 @@ def test_a_bounded_reward_keeps_the_unseen_action(kl, unseen):
     """
     first, second, third = PI * torch.exp(vector(1, 0, -1) / kl)
     linear = continued("linear", SHOWN, kl, step=0.5, rounds=400, bound=1)
-    close(linear, [.7 * first / (first + third), .3, .7 * third / (first + third)])
+    close(linear, [0.7 * first / (first + third), 0.3, 0.7 * third / (first + third)])
     close(linear[2], unseen, 5e-4)
     assert continued("logistic", SHOWN, kl, step=0.5, rounds=400, bound=1)[2] > 0.8 * unseen
 
 
-@pytest.mark.parametrize("kl, penalty, unseen", [(0.5, 0.5, .116), (1, 0.25, .116), (1, 0.5, .254)])
+@pytest.mark.parametrize("kl, penalty, unseen", [(0.5, 0.5, 0.116), (1, 0.25, 0.116), (1, 0.5, 0.254)])
 def test_a_penalised_reward_keeps_the_unseen_action(kl, penalty, unseen):
     """Its reward ends at -1/(2 penalty), as part 3 says; how much of it that leaves, kl * penalty decides.
 
@@ -392,6 +414,7 @@ def test_a_penalised_reward_keeps_the_unseen_action(kl, penalty, unseen):
 # The reward is h = scale * log(pi/pi_ref), so both turns are one step; pi_ref is the policy at the start of
 # the chunk. Its spin is SPIN's, so what test_theory.py says about many rounds holds: each chunk, fitted,
 # multiplies the error, here the distance from p itself, by 1 - 1/scale.
+
 
 @pytest.mark.parametrize("loss, slope", [("linear", 1), ("spin", 1 / 2)])
 def test_the_first_step_of_a_chunk_is_a_step_of_sft(loss, slope):

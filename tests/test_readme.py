@@ -1,0 +1,115 @@
+"""README and the committed toy: a command that does not run, or a number nobody measured, is the first thing
+a newcomer meets."""
+
+import json
+import math
+import re
+import shlex
+from functools import partial
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import gsil
+from conftest import ROOT
+from helpers import commands
+
+README = (ROOT / "README.md").read_text()
+
+
+def test_readme_commands_parse():
+    """Flags that left the script must leave README."""
+    found = commands("gsil.py")
+    assert len(found) >= 4
+    for flags in found:
+        if "--resume" not in flags:
+            gsil.parse_args(shlex.split(flags.replace("`", "")))
+
+
+def test_the_pair_by_hand_in_readme():
+    """A student follows these numbers with a pencil; each must be what the code computes."""
+    args = gsil.parse_args([])
+    tokenizer = AutoTokenizer.from_pretrained(gsil.TOY / "base")
+    policy = gsil.load_model(gsil.TOY / "base", args)
+    question = (
+        "Ava has 7 apples . Ava buys 4 more . the number grows 2 times . how many apples does Ava have ?"
+    )
+    answer = "7 + 4 = 11 . 11 * 2 = 22 . #### 22"
+    pair = gsil.encode(
+        gsil.to_messages({"question": question, "answer": answer}), tokenizer, {tokenizer.eos_token_id}
+    )
+    pair["generated_ids"] = tokenizer("#### 17").input_ids + [tokenizer.eos_token_id]
+    text = README.partition("One pair by hand")[2].partition("\n#")[0]
+    assert question in text and answer in text and "#### 17 <eos>" in text
+
+    def sums():
+        return gsil.score(
+            policy, [(pair["prompt_ids"], pair[f"{side}_ids"]) for side in ("real", "generated")], 4096
+        )
+
+    pair["real_reference"], pair["generated_reference"] = before = sums()
+    loss_of = partial(gsil.gsil_loss, loss="logistic", scale=0.3, shift=torch.tensor(0.0))
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3, weight_decay=0)
+    loss_of(policy, [pair])[0].sum().backward()
+    optimizer.step()
+    losses, found = loss_of(policy, [pair])
+    d = [found["log_ratio_real"].item(), found["log_ratio_generated"].item()]
+    pulls = [-0.3 / (1 + math.exp(0.3 * d[0])), 0.3 / (1 + math.exp(-0.3 * d[1]))]
+    for value in (*before, *sums(), *d, 0.3 * d[0], 0.3 * d[1], losses.item(), *pulls):
+        assert any(abs(float(number) - value) < 0.002 for number in re.findall(r"-?\d\.\d{3}", text)), value
+
+
+def test_readme_commands_of_studies_have_their_flags():
+    """They take minutes; their flags are checked at once."""
+    found = re.findall(r"python (tests/[\w/]+\.py)([^`#\n]*)", README)
+    assert len(found) >= 3
+    for script, flags in found:
+        source = (ROOT / script).read_text()
+        for word in flags.split():
+            if word.startswith("--") or word in ("gsil", "irft"):
+                assert f'"{word}"' in source, (script, word)
+
+
+@pytest.mark.xfail(strict=True, reason="README is rewritten after the scripts")
+def test_readme_names_what_is_there():
+    """It is how a reader of the papers finds the place in the code; a renamed function must not break it."""
+    named = re.findall(r"`(gsil|irft|eval)\.py:(\w+)`", README)
+    assert len(named) >= 5
+    for script, name in named:
+        source = (ROOT / f"{script}.py").read_text()
+        assert re.search(rf"^(def {name}\(|{name} = )", source, re.M), (script, name)
+
+
+@pytest.mark.parametrize("script", ["gsil", "irft"])
+def test_readme_has_the_numbers_that_were_measured(script):
+    """tests/results_*.md is what tests/results.py printed; a number edited by hand must not pass for it."""
+    rows = [row for row in (ROOT / f"tests/results_{script}.md").read_text().splitlines() if "±" in row]
+    assert len(rows) >= 20 and all(row in README for row in rows)
+
+
+def test_the_toys_files_are_what_make_toy_makes():
+    """The committed files must be regenerable, and no question may stand in two of them."""
+    import make_toy
+
+    rows = make_toy.make_rows(0)
+    for part in ("demos", "dev", "heldout", "preferences"):
+        made = "".join(json.dumps(row) + "\n" for row in rows[part])
+        assert (ROOT / f"tests/toy/{part}.jsonl").read_text() == made
+    questions = [row.get("question", row.get("prompt")) for part in rows.values() for row in part]
+    assert len(questions) == len(set(questions)) == 20000 + 2048 + 500 + 500 + 256
+    perfect = make_toy.make_rows(0, perfect=True)
+    assert [row["question"] for row in perfect["demos"]] == [row["question"] for row in rows["demos"]]
+    assert all("=" in row["answer"] for row in perfect["demos"]) and perfect["heldout"] == rows["heldout"]
+
+
+def test_the_toys_base_model():
+    """The lesson needs a base that can do the sums but mostly does not show them; and a small repository."""
+    import make_toy
+
+    base = ROOT / "tests/toy/base"
+    assert sum(path.stat().st_size for path in base.iterdir()) < 1e6
+    rows = [json.loads(line) for line in (ROOT / "tests/toy/heldout.jsonl").read_text().splitlines()]
+    model = AutoModelForCausalLM.from_pretrained(base)
+    stats = make_toy.statistics(model, AutoTokenizer.from_pretrained(base), rows, temperature=1)
+    assert stats["right given working"] >= 0.95 and 0.2 < stats["shows working"] < 0.4

@@ -1,0 +1,132 @@
+"""Section 1 of gsil.py: sample. A response must be the model's own, whatever shares the batch with it."""
+
+import contextlib
+import copy
+import math
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import gsil
+from conftest import tiny_model
+from helpers import EOS, PROMPTS
+
+SHAPE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
+SHAPE |= {"num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 256, "initializer_range": 0.2}
+MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_d_state": 8, "mamba_d_ssm": 64}
+LINEAR = {"linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2}
+LINEAR |= {"linear_num_value_heads": 4, "layer_types": ["linear_attention", "full_attention"] * 2}
+MODELS = {  # name -> (model type, settings): what its layers keep of a text differs
+    "rotary": ("llama", {}),
+    "absolute": ("gpt2", {}),
+    "sliding": ("mistral", {"sliding_window": 7}),
+    "convolutions": ("lfm2", {"layer_types": ["conv", "full_attention"] * 2}),
+    "state space": ("falcon_h1", {"mamba_rms_norm": True, "mamba_chunk_size": 8, **MAMBA}),
+    "linear attention": ("qwen3_5_text", LINEAR),
+}
+
+
+def made(name):
+    """A random model, its biases too, far from uniform."""
+    torch.manual_seed(0)
+    kind, settings = MODELS[name]
+    ids = {"vocab_size": 97, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SHAPE | ids | settings)).eval()
+    for key, weight in model.named_parameters():
+        if key.endswith("bias"):
+            torch.nn.init.normal_(weight, std=0.2)
+    return model
+
+
+@torch.no_grad()
+def greedy(model, prompt, n, ends):
+    """The argmax of one unpadded sequence at a time, without a cache."""
+    ids = list(prompt)
+    while len(ids) < len(prompt) + n and (len(ids) == len(prompt) or ids[-1] not in ends):
+        ids.append(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax().item())
+    return ids[len(prompt) :]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_responses_are_those_of_each_prompt_alone(name):
+    """Padding, sorting by length, the cache, and rows that leave the batch early must change no response:
+    else negatives come from another model. Rotary positions are relative and forgive a shift, GPT-2's do
+    not; hybrids keep more than keys and values, and lose it if it does not leave the batch with its row."""
+    model = made(name)
+    prompts = [[3 + (7 * n + 5 * k) % 90 for k in range(n)] for n in (1, 2, 5, 9, 9, 13)]
+    whole = [greedy(model, prompt, 12, set()) for prompt in prompts]
+    ends = {whole[0][4], whole[3][1], whole[5][7]}  # some rows end early, at several places
+    expected = [greedy(model, prompt, 12, ends) for prompt in prompts]
+    assert len({len(response) for response in expected}) >= 3
+    for batch_size in (1, 4, 6):
+        assert gsil.sample(model, prompts, ends, 12, 0, batch_size, "") == expected
+
+
+def test_eos_is_kept_if_and_only_if_sampled(model):
+    """A response cut at the cap must not get an EOS it never had, and nothing may follow a sampled one."""
+    ends = set(range(0, 300, 12))  # many "EOS" ids: some rows end, some are cut
+    responses = gsil.sample(model, PROMPTS * 20, ends, 10, 1, 16, "x")
+    finished = [response for response in responses if response[-1] in ends]
+    assert 0 < len(finished) < len(responses)
+    assert all(not ends & set(response[:-1]) for response in responses)
+    assert all(len(response) == 10 for response in responses if response[-1] not in ends)
+
+
+def test_samples_follow_the_models_plain_softmax():
+    """Any top-k, top-p, temperature or penalty a model ships would make y- come from something else than
+    pi_t. 4000 samples: a share's standard error is at most 0.008, 0.03 are four of them."""
+    model = tiny_model(vocabulary=8, seed=1)
+    plain = gsil.sample(model, [[5, 6]] * 4000, set(), 1, 1, 4000, "a")
+    shipped = {"top_k": 1, "top_p": 0.1, "temperature": 0.1, "repetition_penalty": 9.0, "do_sample": True}
+    model.generation_config.update(**shipped)
+    assert gsil.sample(model, [[5, 6]] * 4000, set(), 1, 1, 4000, "a") == plain
+    for temperature in (1, 2):
+        found = gsil.sample(model, [[5, 6]] * 4000, set(), 1, temperature, 4000, "a")
+        shares = torch.bincount(torch.tensor(found)[:, 0], minlength=8) / 4000
+        expected = (model(torch.tensor([[5, 6]])).logits[0, -1] / temperature).softmax(-1)
+        assert (shares - expected).abs().max() < 0.03
+
+
+def test_seed_decides_the_samples(model):
+    """Without a generator of its own, a resumed run would sample other negatives than an undisturbed one;
+    with one generator for all batches, the prompts of each would get the same luck."""
+    first = gsil.sample(model, PROMPTS, {EOS}, 8, 1, 2, "0 round 1")
+    torch.rand(3)  # what ran before must not matter
+    assert gsil.sample(model, PROMPTS, {EOS}, 8, 1, 2, "0 round 1") == first
+    assert gsil.sample(model, PROMPTS, {EOS}, 8, 1, 2, "0 round 2") != first
+    same = gsil.sample(model, [[5, 6]] * 4, set(), 8, 1, 2, "0 round 1")  # two batches of two
+    assert same[:2] != same[2:]
+
+
+def test_ranks_draw_different_samples(model, monkeypatch):
+    """Each rank samples a share of the prompts: with one seed for all, equal prompts would get equal
+    responses."""
+    drawn = []
+    for rank in (0, 1):
+        monkeypatch.setattr(gsil, "ranks", lambda rank=rank: (rank, 2))
+        drawn += gsil.sample(model, [[5, 6]] * 2, set(), 8, 1, 1, "0 round 1")
+    assert len({tuple(response) for response in drawn}) == 4
+
+
+def test_autocast_is_entered_once_per_batch(model, monkeypatch):
+    """Entered for each token, it would cast all weights to bf16 anew for each token."""
+    entries = []
+
+    @contextlib.contextmanager
+    def fake(_):
+        entries.append("in")
+        yield
+
+    monkeypatch.setattr(gsil, "autocast", fake)
+    gsil.sample(model, PROMPTS, set(), 5, 1, 2, "")
+    assert len(entries) == 2  # 4 prompts in batches of 2, 5 tokens each
+
+
+def test_a_model_whose_logits_are_nan_does_not_answer(model, capsys):
+    """The argmax of NaNs is token 0: it would be taken for a response."""
+    sick = copy.deepcopy(model)
+    sick.lm_head.weight.data[7] = math.nan
+    with pytest.raises(SystemExit) as stop:
+        gsil.sample(sick, [[5]], {EOS}, 3, 0, 1, "")
+    assert stop.value.code == 2 and "logits are NaN" in capsys.readouterr().err
