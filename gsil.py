@@ -109,7 +109,7 @@ def parse_args(argv=None):
     return args
 
 
-# ---- 1. Sample: what would the model answer itself? ----------------------------------------------
+# ---- 1. Sample: what would the model answer itself? ------------------------------------------
 
 
 @torch.no_grad()
@@ -122,7 +122,7 @@ def sample(model, prompts, eos_ids, max_new_tokens, temperature, batch_size, see
     responses = [[] for _ in prompts]
     rank, world = ranks()
     parts = batches([len(prompt) for prompt in prompts], batch_size)
-    for n, rows in enumerate(tqdm(parts, "sampling", leave=False, disable=None)):
+    for n, rows in enumerate(tqdm(parts, "sampling", leave=False, disable=rank > 0 or None)):
         stream = random.Random(f"{seed} {n * world + rank}").getrandbits(60)
         generator = torch.Generator(model.device).manual_seed(stream)
         ids = pad([prompts[i] for i in rows], "left", model.device)  # (B, P)
@@ -157,7 +157,7 @@ def sample(model, prompts, eos_ids, max_new_tokens, temperature, batch_size, see
     return responses
 
 
-# ---- 2. Log-probabilities: how likely does a model find a response? ------------------------------
+# ---- 2. Log-probabilities: how likely does a model find a response? --------------------------
 
 
 def response_logps(model, texts):
@@ -181,13 +181,13 @@ def score(model, texts, max_tokens, measure=response_logps):
     """measure(model, texts) in batches, without gradient: floats in the order of texts."""
     values = [0.0] * len(texts)
     parts = batches([len(x) + len(y) for x, y in texts], max_tokens=max_tokens)
-    for rows in tqdm(parts, "scoring", leave=False, disable=None):
+    for rows in tqdm(parts, "scoring", leave=False, disable=ranks()[0] > 0 or None):
         for i, value in zip(rows, measure(model, [texts[i] for i in rows]).tolist()):
             values[i] = value
     return values
 
 
-# ---- 3. Losses: a demonstration, or the model's own? ---------------------------------------------
+# ---- 3. Losses: a demonstration, or the model's own? -----------------------------------------
 
 H_MAX = 5.0  # at the optimum p/pi_t = e^5 = 148; beyond it exponentials are held finite
 
@@ -235,7 +235,7 @@ def sft_loss(model, demos, mean_length):
     return -logps / mean_length, {}
 
 
-# ---- 4. Train: one optimizer step, one loop ------------------------------------------------------
+# ---- 4. Train: one optimizer step, one loop --------------------------------------------------
 
 
 def update(model, optimizer, batch, loss_of, args):
@@ -290,7 +290,7 @@ def train(model, rows, loss_of, epochs, args, seed, shift=None, first_loss=None)
             schedule.step()
 
 
-# ---- 5. The method -------------------------------------------------------------------------------
+# ---- 5. The method ---------------------------------------------------------------------------
 
 
 def self_play(policy, demos, respond, tokenizer, seed, folder, args):
@@ -324,8 +324,7 @@ def main(args):
     size = sum(weight.numel() for weight in policy.parameters())
     print(f"model   {args.model}: {size:,} parameters on {policy.device.type}, {ranks()[1]} process(es)")
     out, rows = open_folder(args)  # rows of the table, by name: a resumed run may have some
-    ends = {"eos_ids": eos_ids, "max_new_tokens": max_new_tokens}
-    respond = partial(sample, batch_size=args.sample_batch, **ends)
+    respond = partial(sample, eos_ids=eos_ids, max_new_tokens=max_new_tokens, batch_size=args.sample_batch)
     report = partial(evaluate, out, rows, tokenizer, eos_ids, dev, heldout, respond, args)
     likelihood = partial(sft_loss, mean_length=fmean(len(demo["real_ids"]) for demo in demos))
 
@@ -373,7 +372,7 @@ def sft_baseline(out, demos, dev, epochs, likelihood, tokenizer, respond, args):
         records.append(record)
         if record["step"] * epochs % record["steps"] == 0:  # the end of an epoch
             record["dev_accuracy"], _ = answer(policy, dev, 0, tokenizer, respond, args)
-            kept = not dev or record["dev_accuracy"] > best
+            kept = record["dev_accuracy"] > best if dev else record["step"] == record["steps"]
             if kept:
                 best = record["dev_accuracy"]
                 save_model(policy, tokenizer, out / "sft")
@@ -384,7 +383,7 @@ def sft_baseline(out, demos, dev, epochs, likelihood, tokenizer, respond, args):
     return sum(record["seconds"] for record in records)
 
 
-# ---- 6. Data: any demonstrations -> token ids of prompts and responses ---------------------------
+# ---- 6. Data: any demonstrations -> token ids of prompts and responses -----------------------
 
 # Columns of the prompt and of the response: of these pairs the first that a row has filled. Without
 # a prompt's column the other one is a conversation, whose last assistant turn is imitated.
@@ -536,10 +535,13 @@ def read_data(config, tokenizer, eos_ids, args):
     vocabulary = config.get_text_config().vocab_size
     if max(max(demo["prompt_ids"] + demo["real_ids"]) for demo in everything) >= vocabulary:
         die(f"{args.model}: its tokenizer makes token ids above the {vocabulary} that its model knows")
-    longest = max(len(demo["prompt_ids"]) for demo in everything)
-    room = window(config) - longest
+    longest = max(everything, key=lambda demo: len(demo["prompt_ids"]))
+    room = window(config) - len(longest["prompt_ids"])
     if room < (args.max_new_tokens or 1):
-        die(f"--max-new-tokens: {max(0, room)} fit the window, {window(config)}, after a prompt of {longest}")
+        place = (
+            f"after the prompt of {len(longest['prompt_ids'])} tokens that begins {longest['prompt']!r:.60}"
+        )
+        die(f"--max-new-tokens: {max(0, room)} fit the model's window of {window(config)} {place}")
     unknown = {tokenizer.unk_token_id} - {None, *eos_ids}
     lost = sum(not unknown.isdisjoint(demo["prompt_ids"] + demo["real_ids"]) for demo in everything)
     if lost:
@@ -575,7 +577,7 @@ def window(config):
     return getattr(config, "max_position_embeddings", getattr(config, "max_seq_len", None)) or math.inf
 
 
-# ---- 7. Evaluate ---------------------------------------------------------------------------------
+# ---- 7. Evaluate -----------------------------------------------------------------------------
 
 
 def final_answer(text):
@@ -626,7 +628,7 @@ def evaluate(out, rows, tokenizer, eos_ids, dev, heldout, respond, args, name, p
             break
 
 
-# ---- 8. The run's folder, and what is printed ----------------------------------------------------
+# ---- 8. The run's folder, and what is printed ------------------------------------------------
 
 TITLES = {  # metric -> its title and format; printed in this order
     "loss": ("loss", ".4f"),
@@ -720,7 +722,8 @@ def open_folder(args):
 
 
 def read_json_lines(file):
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    lines = file.read_text(encoding="utf-8").split("\n")[:-1]  # not what a full disk has cut off
+    return [json.loads(line) for line in lines]
 
 
 def write(file, records):
@@ -745,7 +748,7 @@ def save_model(model, tokenizer, folder):
     gather(None)  # the others wait until it is there
 
 
-# ---- 9. Model, device, ranks ---------------------------------------------------------------------
+# ---- 9. Model, device, ranks -----------------------------------------------------------------
 
 
 class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
@@ -939,6 +942,8 @@ if __name__ == "__main__":
     try:
         main(arguments)
     except (KeyboardInterrupt, OSError, SafetensorError, torch.OutOfMemoryError) as error:
-        die(f"{str(error) or 'stopped'}; what was saved is safe: see --resume {arguments.out}")
+        begun = Path(arguments.out, "args.json").exists()
+        how = f"go on with --resume {arguments.out}" if begun else "nothing was written yet"
+        die(f"{str(error) or 'stopped'}; {how}")
     if dist.is_initialized():
         dist.destroy_process_group()

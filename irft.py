@@ -1,22 +1,22 @@
 """RFT and IRFT, reward learning from demonstrations (arXiv 2405.17888), in one file.
 
-Which reward explains the demonstrations? One under which they are better than anything the model would write
-itself: maximum-likelihood inverse reinforcement learning, over rewards r and policies pi,
+Which reward explains the demonstrations? One under which they are better than anything the model
+would write itself: maximum-likelihood inverse reinforcement learning, over rewards r and policies pi,
 
     min over r, max over pi of   E_pi[r(x, y)] - kl KL(pi || pi_ref) - E_demonstrations[r(x, y)]
 
-whose inner optimum is pi_ref exp(r/kl) / Z. RFT (Algorithm 1) keeps r in a reward model of its own. A round: the
-policy answers the demonstrations' prompts; the reward learns to put the demonstration y+ above that answer y-;
-the policy improves on r - kl log pi/pi_ref, where pi_ref is the policy at the very start. IRFT (Algorithm 2) has
-no reward model: its reward is scale log pi/pi_ref, pi_ref being the policy at the start of a chunk of the
-demonstrations, and its loss -log s(scale (d(y+) - d(y-))) is SPIN's.
+whose inner optimum is pi_ref exp(r/kl) / Z. RFT (Algorithm 1) keeps r in a reward model of its own. In
+a round the policy answers the demonstrations' prompts; the reward learns to put the demonstration y+
+above that answer y-; the policy improves on r - kl log pi/pi_ref, pi_ref being the policy at the very
+start. IRFT (Algorithm 2) has no reward model: its reward is scale log pi/pi_ref, pi_ref being the policy
+at the start of a chunk of the demonstrations; its loss -log s(scale (d(y+) - d(y-))) is SPIN's.
 
-One round fitted to its optimum is pi_ref (p/pi_ref)^(1/kl) / Z for RFT, and with scale in the place of kl for
-IRFT and GSIL; p is how the demonstrators write. So 1 imitates them, and less than 1 goes past them. Under RFT
-three models are in memory: policy, start policy, reward. Unlike in the official code, token ids stay as sampled,
-the reward is read at a response's last token in training and in use, and the SFT baseline is cross-entropy.
+One round fitted to its optimum is pi_ref (p/pi_ref)^(1/kl) / Z for RFT, and with scale in the place of
+kl for IRFT and GSIL; p is how the demonstrators write. So 1 imitates them, less than 1 goes past them.
+RFT holds three models: policy, start policy, reward. Unlike in the official code, token ids stay as
+sampled, and the reward is read at a response's last token in training and in use.
 
-    python irft.py                              # RFT on the built-in toy, about a minute on two CPU cores
+    python irft.py                              # RFT on the built-in toy, a minute on two CPU cores
     python irft.py --method irft --chunks 5
     python irft.py --preferences tests/toy/preferences.jsonl --preference-weight 0.5
 """
@@ -140,7 +140,7 @@ def parse_args(argv=None):
     return args
 
 
-# ---- 1. Sample: what would the model answer itself? ----------------------------------------------
+# ---- 1. Sample: what would the model answer itself? ------------------------------------------
 
 
 @torch.no_grad()
@@ -153,7 +153,7 @@ def sample(model, prompts, eos_ids, max_new_tokens, temperature, batch_size, see
     responses = [[] for _ in prompts]
     rank, world = ranks()
     parts = batches([len(prompt) for prompt in prompts], batch_size)
-    for n, rows in enumerate(tqdm(parts, "sampling", leave=False, disable=None)):
+    for n, rows in enumerate(tqdm(parts, "sampling", leave=False, disable=rank > 0 or None)):
         stream = random.Random(f"{seed} {n * world + rank}").getrandbits(60)
         generator = torch.Generator(model.device).manual_seed(stream)
         ids = pad([prompts[i] for i in rows], "left", model.device)  # (B, P)
@@ -188,7 +188,7 @@ def sample(model, prompts, eos_ids, max_new_tokens, temperature, batch_size, see
     return responses
 
 
-# ---- 2. Log-probabilities: how likely does a model find a response? ------------------------------
+# ---- 2. Log-probabilities: how likely does a model find a response? --------------------------
 
 
 def response_logps(model, texts):
@@ -212,13 +212,13 @@ def score(model, texts, max_tokens, measure=response_logps):
     """measure(model, texts) in batches, without gradient: floats in the order of texts."""
     values = [0.0] * len(texts)
     parts = batches([len(x) + len(y) for x, y in texts], max_tokens=max_tokens)
-    for rows in tqdm(parts, "scoring", leave=False, disable=None):
+    for rows in tqdm(parts, "scoring", leave=False, disable=ranks()[0] > 0 or None):
         for i, value in zip(rows, measure(model, [texts[i] for i in rows]).tolist()):
             values[i] = value
     return values
 
 
-# ---- 3. IRFT: an implicit reward, scale * log pi/pi_ref ------------------------------------------
+# ---- 3. IRFT: an implicit reward, scale * log pi/pi_ref --------------------------------------
 
 H_MAX = 5.0  # at the optimum p/pi_ref = e^5 = 148: told apart so clearly, a response is done with
 
@@ -250,7 +250,7 @@ def sft_loss(model, demos, mean_length):
     return -logps / mean_length, {}
 
 
-# ---- 4. Train: one optimizer step, one loop ------------------------------------------------------
+# ---- 4. Train: one optimizer step, one loop --------------------------------------------------
 
 
 def update(model, optimizer, batch, loss_of, args):
@@ -305,7 +305,7 @@ def train(model, rows, loss_of, epochs, args, seed, shift=None, first_loss=None)
             schedule.step()
 
 
-# ---- 5. RFT: an explicit reward ------------------------------------------------------------------
+# ---- 5. RFT: an explicit reward --------------------------------------------------------------
 
 
 def reward(model, texts):
@@ -458,7 +458,7 @@ def compare(policy, reference, reward_model, problems, respond, args, seed):
     return found | {"length": lengths.mean().item(), "reward_length": correlation}
 
 
-# ---- 6. LoRA: fewer weights to train -------------------------------------------------------------
+# ---- 6. LoRA: fewer weights to train ---------------------------------------------------------
 
 
 class LoRA(torch.nn.Module):
@@ -506,7 +506,7 @@ def merge_lora(model):
     model.requires_grad_(True)
 
 
-# ---- 7. The methods ------------------------------------------------------------------------------
+# ---- 7. The methods --------------------------------------------------------------------------
 
 
 def self_play(policy, demos, respond, tokenizer, seed, folder, args):
@@ -538,9 +538,10 @@ def irft_chunk(policy, pairs, name, out, seed, args):
     log_steps(out, name, steps)  # the training happens while its steps are logged
 
 
-def rft_round(policy, pairs, t, start, preferences, demos, dev, respond, eos_ids, out, seed, args):
+def rft_round(models, pairs, preferences, demos, problems, respond, out, t, seed, args):
     """Algorithm 1, one round: the reward learns from the pairs, then the policy from the reward."""
     name, last = f"rft {t}", out / f"round_{t - 1}"
+    policy, start, eos_ids = models
     reward_model, reward_tokenizer = load_reward(last / "reward" if t > 1 else start, eos_ids, args)
     reward_model.to(policy.device)
     if args.reward_pairs == "all":
@@ -548,18 +549,16 @@ def rft_round(policy, pairs, t, start, preferences, demos, dev, respond, eos_ids
             pairs = pairs + read_json_lines(out / f"round_{k}" / "generated.jsonl")
     log_steps(out, f"reward of {name}", fit_reward(reward_model, pairs, preferences, args, seed))
     reference = load_model(args.model, args)  # frozen; the third model
-    problems = (dev or demos)[:500]  # enough for two digits
-    models = (policy, reference, reward_model)
-    before = compare(*models, problems, respond, args, f"{seed} before")
-    steps = improve_policy(*models, demos, respond, args, seed)
-    log_steps(out, f"policy of {name}", steps)
-    after = compare(*models, problems, respond, args, f"{seed} after")
+    all_three = (policy, reference, reward_model)
+    before = compare(*all_three, problems[:500], respond, args, f"{seed} before")  # enough for two digits
+    log_steps(out, f"policy of {name}", improve_policy(*all_three, demos, respond, args, seed))
+    after = compare(*all_three, problems[:500], respond, args, f"{seed} after")
     print_line("dev".rjust(10), before, title=True)
     for when, found in (("before", before), ("after", after)):
         log(out, {"phase": name, "when": when, **found})
         print_line(when.rjust(10), found)
     if after["kl"] > 0.5 * after["length"] or after["objective"] < before["objective"]:
-        print("warning: the policy runs away from its start, or gains nothing: raise --kl, lower --policy-lr")
+        print("warning: the policy runs away, or gains nothing: raise --kl or lower --policy-lr")
     if abs(before["reward_length"]) > 0.95:
         print("warning: the reward follows length alone: is that what makes demonstrations better?")
     save_model(reward_model, reward_tokenizer, out / f"round_{t}.partial" / "reward")
@@ -601,6 +600,16 @@ def make_preference(row, tokenizer, eos_ids, room):
     return chosen | {"generated_ids": rejected["real_ids"]}
 
 
+def read_rft_inputs(config, tokenizer, eos_ids, args):
+    """(what the reward starts from, preferences): what is wrong with them should not cost the samples."""
+    start = args.reward_model or args.model
+    _, theirs = load_reward(start, eos_ids, args)
+    if not tokenizer.get_vocab().items() <= theirs.get_vocab().items():
+        die(f"--reward-model {start}: its tokenizer differs from that of {args.model}")
+    make = partial(make_preference, tokenizer=tokenizer, eos_ids=eos_ids, room=window(config))
+    return start, read_demos(args.preferences, args.split, make) if args.preferences else []
+
+
 def main(args):
     """The start model, chunks or rounds, SFT for comparison, the table; returns summary.json."""
     start_processes()
@@ -610,21 +619,14 @@ def main(args):
     parts = args.chunks if irft else args.rounds
     if irft and parts > len(demos):
         die(f"--chunks {parts}: there are only {len(demos)} demonstrations")
-    make = partial(make_preference, tokenizer=tokenizer, eos_ids=eos_ids, room=window(config))
-    preferences = read_demos(args.preferences, args.split, make) if args.preferences else []
-    start = args.reward_model or args.model
-    if not irft:  # what is wrong with it should not cost the samples
-        _, theirs = load_reward(start, eos_ids, args)
-        if not tokenizer.get_vocab().items() <= theirs.get_vocab().items():
-            die(f"--reward-model {start}: its tokenizer differs from that of {args.model}")
+    start, preferences = (None, []) if irft else read_rft_inputs(config, tokenizer, eos_ids, args)
     policy = load_model(args.model, args)
     if args.lora_rank and not linear_layers(policy):
         die(f"--lora-rank: {args.model} has no linear layers in its blocks")
     size = sum(weight.numel() for weight in policy.parameters())
     print(f"model   {args.model}: {size:,} parameters on {policy.device.type}, {ranks()[1]} process(es)")
     out, rows = open_folder(args)  # rows of the table, by name: a resumed run may have some
-    ends = {"eos_ids": eos_ids, "max_new_tokens": max_new_tokens}
-    respond = partial(sample, batch_size=args.sample_batch, **ends)
+    respond = partial(sample, eos_ids=eos_ids, max_new_tokens=max_new_tokens, batch_size=args.sample_batch)
     report = partial(evaluate, out, rows, tokenizer, eos_ids, dev, heldout, respond, args)
     likelihood = partial(sft_loss, mean_length=fmean(len(demo["real_ids"]) for demo in demos))
 
@@ -637,12 +639,13 @@ def main(args):
             print(f"\n{name} of {parts}")
             if args.lora_rank:
                 add_lora(policy, args.lora_rank, seed)
-            share = demos[t - 1 :: args.chunks] if irft else demos  # a chunk: every T-th of them
+            share = demos[t - 1 :: parts] if irft else demos  # a chunk: every T-th of them
             pairs = self_play(policy, share, respond, tokenizer, seed, folder, args)
             if irft:
                 irft_chunk(policy, pairs, name, out, seed, args)
             else:
-                rft_round(policy, pairs, t, start, preferences, demos, dev, respond, eos_ids, out, seed, args)
+                models = (policy, start, eos_ids)
+                rft_round(models, pairs, preferences, demos, dev or demos, respond, out, t, seed, args)
             if args.lora_rank:
                 merge_lora(policy)
             save_model(policy, tokenizer, folder)
@@ -671,7 +674,7 @@ def sft_baseline(out, demos, dev, epochs, likelihood, tokenizer, respond, args):
         records.append(record)
         if record["step"] * epochs % record["steps"] == 0:  # the end of an epoch
             record["dev_accuracy"], _ = answer(policy, dev, 0, tokenizer, respond, args)
-            kept = not dev or record["dev_accuracy"] > best
+            kept = record["dev_accuracy"] > best if dev else record["step"] == record["steps"]
             if kept:
                 best = record["dev_accuracy"]
                 save_model(policy, tokenizer, out / "sft")
@@ -682,7 +685,7 @@ def sft_baseline(out, demos, dev, epochs, likelihood, tokenizer, respond, args):
     return sum(record["seconds"] for record in records)
 
 
-# ---- 6. Data: any demonstrations -> token ids of prompts and responses ---------------------------
+# ---- 8. Data: any demonstrations -> token ids of prompts and responses -----------------------
 
 # Columns of the prompt and of the response: of these pairs the first that a row has filled. Without
 # a prompt's column the other one is a conversation, whose last assistant turn is imitated.
@@ -834,10 +837,13 @@ def read_data(config, tokenizer, eos_ids, args):
     vocabulary = config.get_text_config().vocab_size
     if max(max(demo["prompt_ids"] + demo["real_ids"]) for demo in everything) >= vocabulary:
         die(f"{args.model}: its tokenizer makes token ids above the {vocabulary} that its model knows")
-    longest = max(len(demo["prompt_ids"]) for demo in everything)
-    room = window(config) - longest
+    longest = max(everything, key=lambda demo: len(demo["prompt_ids"]))
+    room = window(config) - len(longest["prompt_ids"])
     if room < (args.max_new_tokens or 1):
-        die(f"--max-new-tokens: {max(0, room)} fit the window, {window(config)}, after a prompt of {longest}")
+        place = (
+            f"after the prompt of {len(longest['prompt_ids'])} tokens that begins {longest['prompt']!r:.60}"
+        )
+        die(f"--max-new-tokens: {max(0, room)} fit the model's window of {window(config)} {place}")
     unknown = {tokenizer.unk_token_id} - {None, *eos_ids}
     lost = sum(not unknown.isdisjoint(demo["prompt_ids"] + demo["real_ids"]) for demo in everything)
     if lost:
@@ -873,7 +879,7 @@ def window(config):
     return getattr(config, "max_position_embeddings", getattr(config, "max_seq_len", None)) or math.inf
 
 
-# ---- 7. Evaluate ---------------------------------------------------------------------------------
+# ---- 9. Evaluate -----------------------------------------------------------------------------
 
 
 def final_answer(text):
@@ -924,7 +930,7 @@ def evaluate(out, rows, tokenizer, eos_ids, dev, heldout, respond, args, name, p
             break
 
 
-# ---- 8. The run's folder, and what is printed ----------------------------------------------------
+# ---- 10. The run's folder, and what is printed ------------------------------------------------
 
 TITLES = {  # metric -> its title and format; printed in this order
     "loss": ("loss", ".4f"),
@@ -1022,7 +1028,8 @@ def open_folder(args):
 
 
 def read_json_lines(file):
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    lines = file.read_text(encoding="utf-8").split("\n")[:-1]  # not what a full disk has cut off
+    return [json.loads(line) for line in lines]
 
 
 def write(file, records):
@@ -1047,7 +1054,7 @@ def save_model(model, tokenizer, folder):
     gather(None)  # the others wait until it is there
 
 
-# ---- 9. Model, device, ranks ---------------------------------------------------------------------
+# ---- 11. Model, device, ranks -----------------------------------------------------------------
 
 
 class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
@@ -1241,6 +1248,8 @@ if __name__ == "__main__":
     try:
         main(arguments)
     except (KeyboardInterrupt, OSError, SafetensorError, torch.OutOfMemoryError) as error:
-        die(f"{str(error) or 'stopped'}; what was saved is safe: see --resume {arguments.out}")
+        begun = Path(arguments.out, "args.json").exists()
+        how = f"go on with --resume {arguments.out}" if begun else "nothing was written yet"
+        die(f"{str(error) or 'stopped'}; {how}")
     if dist.is_initialized():
         dist.destroy_process_group()
