@@ -9,8 +9,9 @@ scripts delete that folder. OMP_NUM_THREADS sets the threads, as for any torch p
 
 All models are asked the same 500 held-out problems. A number is a mean over the seeds; behind it is half of its 95 %
 interval, 1.96 sqrt(p (1 - p) / 500 + s^2 / seeds): the first term is for the choice of problems, the second
-for the seeds, s being their standard deviation. Sampled numbers are from one sample a problem, at temperature 1.
-"works": the answer shows its working. Seconds are a median, of training and its samples.
+for the seeds, s being their standard deviation. Sampled numbers, the share that
+shows its working among them, are from one sample a problem, at temperature 1. Seconds are a median, of training
+and its samples.
 """
 
 import argparse
@@ -48,7 +49,7 @@ PROBLEMS = gsil.read_demos(
 OWN = "--dev tests/toy/dev.jsonl --heldout tests/toy/heldout.jsonl"  # beside another --data
 PERFECT = f"--data runs/toy-perfect/demos.jsonl {OWN}"
 NONE = "--baseline none"
-COLUMNS = ["greedy", "sampled", "works", "right if works", "NLL"]
+COLUMNS = ["greedy", "sampled", "shows working", "right if worked", "NLL"]
 
 
 # ---- Running and measuring
@@ -90,9 +91,13 @@ def look(policy, seed):
         answers = [gsil.final_answer(text) for text in texts[kind]]
         right[kind] = [answer == problem["answer"] for answer, problem in zip(answers, PROBLEMS)]
     works = ["=" in text for text in texts["sampled"]]
-    found = {"greedy": fmean(right["greedy"]), "sampled": fmean(right["sampled"]), "works": fmean(works)}
+    found = {
+        "greedy": fmean(right["greedy"]),
+        "sampled": fmean(right["sampled"]),
+        "shows working": fmean(works),
+    }
     both = [r and w for r, w in zip(right["sampled"], works)]
-    found["right if works"] = sum(both) / max(1, sum(works))
+    found["right if worked"] = sum(both) / max(1, sum(works))
     careful = gsil.score(policy, [(p["prompt_ids"], p["real_ids"]) for p in PROBLEMS], 4096)
     hasty = gsil.score(policy, [(p["prompt_ids"], guess(p)) for p in PROBLEMS], 4096)
     found["NLL"] = -sum(careful) / sum(len(problem["real_ids"]) for problem in PROBLEMS)
@@ -207,7 +212,7 @@ def extrapolated_rows(data, seeds, kinds, took=None):
 
 
 def predicted(scale, rounds=1):
-    """Share of answers that work after exact rounds: logit = demo + (1 - 1/scale)^rounds (base - demo)."""
+    """Share of answers with working after exact rounds: logit = demo + (1 - 1/scale)^rounds (base - demo)."""
     shares = {}
     for steps in (2, 3, 4):
         base = math.log(1 / make_toy.HASTY["base"][steps] - 1)
@@ -217,7 +222,7 @@ def predicted(scale, rounds=1):
     return fmean(shares[problem["response"].count("=")] for problem in PROBLEMS)
 
 
-def measured(command, seeds, last="round_1", key="works"):
+def measured(command, seeds, last="round_1", key="shows working"):
     return cell([one[key] for one in looks(command, last, seeds)])
 
 
@@ -251,7 +256,7 @@ def perfect(seeds):
 
 
 def scales(seeds):
-    head("scales: python gsil.py --scale SCALE; share that works", ["scale", "predicted", "measured"])
+    head("scales: python gsil.py --scale SCALE; share with working", ["scale", "predicted", "measured"])
     points = [("start", 0, [look(gsil.load_model(gsil.TOY / "base", FLAGS), seed) for seed in seeds])]
     points.append(("SFT", 1, looks("gsil", "sft", seeds)))
     for scale in (0.5, 0.3):
@@ -264,7 +269,7 @@ def scales(seeds):
             points.append(("GSIL", 1 / scale, looks(command, "round_1", seeds)))
     marks = []
     for name, inverse, found in points:
-        share, half = cell([one["works"] for one in found]).split(" ± ")
+        share, half = cell([one["shows working"] for one in found]).split(" ± ")
         marks.append((name, inverse, float(share), float(half)))
     curve = [predicted(10 / i if i else math.inf) for i in range(36)]
     figure = ROOT / "runs" / "toy" / "shares.svg"
@@ -273,9 +278,7 @@ def scales(seeds):
 
 
 def rounds(seeds):
-    title = (
-        "rounds: python gsil.py --loss spin --scale SCALE --rounds 4; share that works, predicted / measured"
-    )
+    title = "rounds: python gsil.py --loss spin --scale SCALE --rounds 4; share with working, predicted / measured"
     head(title, ["scale", "1 round", "2", "3", "4"])
     for scale in ("1", "0.6", "0.5", "0.3"):
         command = f"gsil --loss spin --scale {scale} --rounds 4 {NONE}"
@@ -307,10 +310,19 @@ def sft_lr(seeds):
         print_row(lr, measured(command, seeds, key="greedy"), measured(command, seeds, key="sampled"))
 
 
-IRFT = f"irft --method irft {NONE}"
+def irft_command(chunks, scale="0.3"):
+    """One command for one run, without flags at their defaults: runs are kept by command."""
+    command = f"irft --method irft {NONE}"
+    if chunks > 1:
+        command += f" --chunks {chunks}"
+    if scale != "0.3":
+        command += f" --scale {scale}"
+    return command
+
+
 # name -> command, folder of the model
-METHODS = {"SFT": ("gsil", "sft"), "SPIN = IRFT, T = 1": (IRFT, "round_1")}
-METHODS |= {f"IRFT, T = {t}": (f"{IRFT} --chunks {t}", f"round_{t}") for t in (2, 4, 8)}
+METHODS = {"SFT": ("gsil", "sft"), "SPIN = IRFT, T = 1": (irft_command(1), "round_1")}
+METHODS |= {f"IRFT, T = {t}": (irft_command(t), f"round_{t}") for t in (2, 4, 8)}
 METHODS["RFT"] = (f"irft {NONE}", "round_1")
 METHODS["RFT, preferences"] = (f"irft --preferences tests/toy/preferences.jsonl {NONE}", "round_1")
 
@@ -333,22 +345,22 @@ def gap(seeds):
 
 
 def closed_form(seeds):
-    title = "closed-form: one round; share that works (RFT: --kl KL --reward-steps 256 --reward-penalty 0)"
+    title = "closed-form: one round; share with working (RFT: --kl KL --reward-steps 256 --reward-penalty 0)"
     head(title, ["scale or kl", "predicted", "SPIN, IRFT T = 1", "GSIL logistic", "RFT"])
     for scale in ("1", "0.5", "0.3"):
         own = "gsil" if scale == "0.3" else f"gsil --scale {float(scale)} {NONE}"
         rft = f"irft --kl {scale} --reward-steps 256 --reward-penalty 0 {NONE}"
-        cells = [measured(command, seeds) for command in (f"{IRFT} --scale {scale}", own, rft)]
+        cells = [measured(command, seeds) for command in (irft_command(1, scale), own, rft)]
         print_row(scale, f"{predicted(float(scale)):.3f}", *cells)
 
 
 def chunks(seeds):
-    title = "chunks: python irft.py --method irft --chunks T --scale SCALE; share that works, predicted / measured"
+    title = "chunks: python irft.py --method irft --chunks T --scale SCALE; share with working, predicted / measured"
     head(title, ["scale", "T = 1", "T = 2", "T = 4", "T = 8"])
     for scale in ("0.3", "0.6", "1"):
         cells = []
         for t in (1, 2, 4, 8):
-            found = measured(f"{IRFT} --chunks {t} --scale {scale}", seeds, f"round_{t}")
+            found = measured(irft_command(t, scale), seeds, f"round_{t}")
             cells.append(f"{predicted(float(scale), t):.3f} / {found}")
         print_row(scale, *cells)
 
@@ -358,18 +370,21 @@ def chunks_perfect(seeds):
     make_toy.main(SimpleNamespace(seed=0, perfect=True, data_only=True, out=folder))
     head(f"chunks-perfect: python irft.py --method irft --chunks T {PERFECT}", ["", *COLUMNS, "seconds"])
     for t in (1, 4, 8):
-        command = f"{IRFT} --chunks {t} {PERFECT}"
+        command = f"{irft_command(t)} {PERFECT}"
         method_row(f"perfect demonstrators, T = {t}", command, seeds, f"round_{t}")
 
 
 def rft_rounds(seeds):
-    title = "rft-rounds: python irft.py --rounds 8 ...; share that works, in brackets of each seed"
+    title = "rft-rounds: python irft.py --rounds 8 ...; share with working, in brackets of each seed"
     head(title, ["", "1 round", "2", "3", "4", "8"])
     settings = [f"--reward-steps 64 --kl {kl}" for kl in ("0.1", "0.5", "1")]
     for setting in [*settings, "--reward-pairs all --kl 0.5"]:
         cells = []
         for t in (1, 2, 3, 4, 8):
-            found = [one["works"] for one in looks(f"irft --rounds 8 {setting} {NONE}", f"round_{t}", seeds)]
+            found = [
+                one["shows working"]
+                for one in looks(f"irft --rounds 8 {setting} {NONE}", f"round_{t}", seeds)
+            ]
             cells.append(f"{cell(found)} ({', '.join(f'{share:.2f}' for share in found)})")
         print_row(setting, *cells)
 
