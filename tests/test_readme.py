@@ -10,12 +10,12 @@ import sys
 from functools import partial
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-import eval as evaluation
-import gsil
 from conftest import ROOT
 from helpers import commands
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import eval as ev
+import gsil
 
 sys.path.insert(0, str(ROOT / "tests" / "studies"))
 
@@ -32,7 +32,7 @@ def test_readme_is_short():
 def test_readme_commands_parse():
     """Flags that left the script must leave README."""
     found = commands("gsil.py")
-    assert len(found) >= 4
+    assert len(found) >= 3
     for flags in found:
         if "--resume" not in flags:
             gsil.parse_args(shlex.split(flags))
@@ -43,7 +43,7 @@ def test_readme_commands_of_eval_parse():
     found = commands("eval.py")
     assert len(found) >= 3
     for flags in found:
-        evaluation.parse_args(shlex.split(flags))
+        ev.parse_args(shlex.split(flags))
 
 
 def test_flags_that_readme_names_exist():
@@ -64,9 +64,8 @@ def test_the_pair_by_hand_in_readme():
         "Ava has 7 apples . Ava buys 4 more . the number grows 2 times . how many apples does Ava have ?"
     )
     answer = "7 + 4 = 11 . 11 * 2 = 22 . #### 22"
-    pair = gsil.encode(
-        gsil.to_messages({"question": question, "answer": answer}), tokenizer, {tokenizer.eos_token_id}
-    )
+    row = {"question": question, "answer": answer}
+    pair = gsil.encode(row, tokenizer, {tokenizer.eos_token_id})
     pair["generated_ids"] = tokenizer("#### 17").input_ids + [tokenizer.eos_token_id]
     text = README.partition("One pair by hand")[2].partition("\n#")[0]
     assert question in text and answer in text and "#### 17 <eos>" in text
@@ -93,7 +92,8 @@ def test_commands_of_studies_parse():
     found = re.findall(r"python tests/studies/(\w+)\.py([^`#\n]*)", README + RESULTS)
     assert {script for script, _ in found} == {"toy", "pretrained", "bench"}
     for script, flags in found:
-        importlib.import_module(script).parse_args(shlex.split(flags.replace("NAME", "main")))
+        flags = flags.replace("NAME", "main").replace("DIR", str(ROOT / "tests/parity/rows/gsm8k"))
+        importlib.import_module(script).parse_args(shlex.split(flags))
 
 
 def test_readme_names_what_is_there():
@@ -102,7 +102,7 @@ def test_readme_names_what_is_there():
     assert len(named) >= 10
     for script, name in named:
         source = (ROOT / f"{script}.py").read_text(encoding="utf-8")
-        assert re.search(rf"^(def {name}\(|{name} = )", source, re.M), (script, name)
+        assert re.search(rf"^(def {name}\(|{name} = )", source, re.MULTILINE), (script, name)
 
 
 def test_links_lead_somewhere():
@@ -115,7 +115,9 @@ def test_links_lead_somewhere():
             path, _, heading = link.partition("#")
             target = (ROOT / page).parent / path if path else ROOT / page
             assert target.exists(), (page, link)
-            titles = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.M) if heading else []
+            titles = (
+                re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.MULTILINE) if heading else []
+            )
             anchors = [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles]
             assert not heading or heading in anchors, (page, link)
 
