@@ -8,6 +8,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent / "studies"))
 import pretrained
+import torch
+import toy
 
 
 def test_closed_form_multiplies_odds():
@@ -62,3 +64,27 @@ def test_results_of_other_settings_are_not_mixed(tmp_path, monkeypatch):
     assert cases == ["habit", "mixed"]
     with pytest.raises(SystemExit, match="was begun with demos = 192, not 90"):
         pretrained.main(pretrained.parse_args([*flags, "--demos", "90"]))
+
+
+def test_toys_interval_has_both_sources_of_chance():
+    """Without the seeds' term runs that differ would look sure. By hand: p = 0.5, seeds 0.4, 0.5, 0.6, s = 0.1."""
+    assert toy.cell([0.5]) == "0.500 ± 0.044"  # 1.96 sqrt(0.25 / 500)
+    assert toy.cell([0.4, 0.5, 0.6]) == "0.500 ± 0.121"  # 1.96 sqrt(0.25 / 500 + 0.01 / 3)
+
+
+def test_sft_extrapolated_by_one_is_sft(tmp_path):
+    """The control would be unfair if it mixed up start and end, or a finished row and its neighbour's cache."""
+    start = toy.gsil.load_model(toy.gsil.TOY / "base", toy.FLAGS)
+    end = toy.gsil.load_model(toy.gsil.TOY / "base", toy.FLAGS)
+    with torch.no_grad():
+        end.get_output_embeddings().weight *= 0.9
+    end.save_pretrained(tmp_path / "sft")
+    prompts = [problem["prompt_ids"] for problem in toy.PROBLEMS[:20]]
+    settings = (toy.EOS, 40, 0, 20, "seed")
+    wanted = toy.gsil.sample(end, prompts, *settings)
+    assert wanted != toy.gsil.sample(start, prompts, *settings)
+    assert len({len(response) for response in wanted}) > 1  # so some rows finish before others
+    for make in (toy.Mixed, toy.extrapolated):
+        assert toy.gsil.sample(make(tmp_path, 1), prompts, *settings) == wanted
+    twice = toy.extrapolated(tmp_path, 0.5).get_output_embeddings().weight
+    assert torch.allclose(twice, 0.8 * start.get_output_embeddings().weight, rtol=1e-5)
