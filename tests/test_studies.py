@@ -1,5 +1,6 @@
 """The parts of tests/studies whose mistakes would not show in a table: theory, shares, intervals, flags."""
 
+import json
 import math
 import sys
 from pathlib import Path
@@ -88,3 +89,38 @@ def test_sft_extrapolated_by_one_is_sft(tmp_path):
         assert toy.gsil.sample(make(tmp_path, 1), prompts, *settings) == wanted
     twice = toy.extrapolated(tmp_path, 0.5).get_output_embeddings().weight
     assert torch.allclose(twice, 0.8 * start.get_output_embeddings().weight, rtol=1e-5)
+
+
+def test_every_table_of_the_toy(monkeypatch, tmp_path, capsys):
+    """They take an hour. A flag that left the scripts, or a row that lost its number, must show before that."""
+    commands = set()
+
+    def run(command, seed):
+        script, *flags = command.split()
+        {"gsil": toy.gsil, "irft": toy.irft}[script].parse_args([*flags, "--out", str(tmp_path / "none")])
+        commands.add(command)
+        rows = [
+            {"name": "base", "seconds": None},
+            {"name": "round 1", "seconds": 2},
+            {"name": "sft", "seconds": 1},
+        ]
+        (tmp_path / "summary.json").write_text(json.dumps({"rows": rows}))
+        return tmp_path
+
+    monkeypatch.setattr(toy, "run", run)
+    monkeypatch.setattr(toy, "ROOT", tmp_path)
+    monkeypatch.chdir(tmp_path)  # main() leaves it, and monkeypatch comes back
+    (tmp_path / "runs" / "toy").mkdir(parents=True)
+    found = {**dict.fromkeys(toy.COLUMNS, 0.5), "gap": 1.0}
+    monkeypatch.setattr(toy, "look", lambda policy, seed: found)
+    monkeypatch.setattr(toy, "looked", lambda folder, seed: found)
+    monkeypatch.setattr(toy, "extrapolated", lambda folder, scale: None)
+    monkeypatch.setattr(toy, "Mixed", lambda folder, scale: None)
+    toy.main(toy.parse_args(["all", "--seeds", "2"]))
+    printed = capsys.readouterr().out.split("\n\n")
+    tables = [part.splitlines() for part in printed if part.startswith("|")]
+    assert len(tables) == len(toy.TABLES)
+    for lines in tables:
+        assert len(lines) > 2
+        assert {line.count("|") for line in lines} == {lines[0].count("|")}
+    assert len(commands) > 40

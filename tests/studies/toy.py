@@ -7,11 +7,10 @@ A row is one command of gsil.py or irft.py, run once per seed, in this process. 
 the same command continues a study that was stopped, and a second call only prints; after a change of the
 scripts delete that folder. OMP_NUM_THREADS sets the threads, as for any torch program.
 
-All models are asked the same 500 held-out problems. A number is a mean over the seeds; behind it is half of its 95 %
-interval, 1.96 sqrt(p (1 - p) / 500 + s^2 / seeds): the first term is for the choice of problems, the second
-for the seeds, s being their standard deviation. Sampled numbers, the share that
-shows its working among them, are from one sample a problem, at temperature 1. Seconds are a median, of training
-and its samples.
+All models are asked the same 500 held-out problems. A number is a mean over the seeds; behind it is half of its
+95 % interval, 1.96 sqrt(p (1 - p) / 500 + s^2 / seeds): the first term is for the choice of problems, the second
+for the seeds, s being their standard deviation. Sampled numbers, the share that shows its working among them, are
+from one sample a problem, at temperature 1. Seconds are a median, of training and its samples.
 """
 
 import argparse
@@ -247,11 +246,20 @@ def losses(seeds, data=""):
     for loss in ("spin", "logistic", "hinge", "brier", "kliep", "lsif"):
         flags = data if loss == "logistic" else f"--loss {loss} {NONE} {data}"
         method_row("SPIN" if loss == "spin" else f"GSIL {loss}", f"gsil {flags}".strip(), seeds)
+    if not data:
+        method_row("IRFT, T = 4", irft_command(4), seeds, "round_4")
+        method_row("RFT", f"irft {NONE}", seeds)
+
+
+def make_perfect():
+    """The files of PERFECT."""
+    with contextlib.redirect_stdout(sys.stderr):  # what it prints is not part of a table
+        folder = ROOT / "runs" / "toy-perfect"
+        make_toy.main(SimpleNamespace(seed=0, perfect=True, data_only=True, out=folder))
 
 
 def perfect(seeds):
-    folder = ROOT / "runs" / "toy-perfect"
-    make_toy.main(SimpleNamespace(seed=0, perfect=True, data_only=True, out=folder))
+    make_perfect()
     losses(seeds, PERFECT)
 
 
@@ -366,8 +374,7 @@ def chunks(seeds):
 
 
 def chunks_perfect(seeds):
-    folder = ROOT / "runs" / "toy-perfect"
-    make_toy.main(SimpleNamespace(seed=0, perfect=True, data_only=True, out=folder))
+    make_perfect()
     head(f"chunks-perfect: python irft.py --method irft --chunks T {PERFECT}", ["", *COLUMNS, "seconds"])
     for t in (1, 4, 8):
         command = f"{irft_command(t)} {PERFECT}"
