@@ -94,7 +94,7 @@ def parse_args(argv=None):
         args.heldout = args.heldout or f"{TOY}/heldout.jsonl"
     if args.shift is None:
         args.shift = "0" if args.loss in ("spin", "sft") else "learn"  # there it would cancel
-    if args.shift != "learn" and not re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d\d?)?", args.shift, re.I):
+    if args.shift != "learn" and not re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d\d?)?", args.shift):
         parser.error(f"--shift {args.shift}: neither a number nor 'learn'")
     for name, value in vars(args).items():
         zero = name in ("rounds", "temperature", "warmup", "seed", "checkpoint_activations")
@@ -809,7 +809,7 @@ def load_model(path, args):
     # A weight that is missing would be random without a word, one that is NaN be found much later.
     broken = [name for name, weight in model.named_parameters() if not weight.isfinite().all()]
     if broken or info["missing_keys"]:
-        names = ", ".join([*broken, *info["missing_keys"]])
+        names = ", ".join([*broken, *sorted(info["missing_keys"])])
         die(f"{path}: weights that are missing or not finite numbers: {names:.200}")
     model = model.to(device).eval()
     with torch.no_grad():  # what sample will need, tried on two tokens

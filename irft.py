@@ -135,6 +135,8 @@ def parse_args(argv=None):
     while not args.out and Path(f"runs/irft-{args.method}-{n}").exists():
         n += 1
     args.out = args.out or f"runs/irft-{args.method}-{n}"
+    if os.path.exists(args.out) and (os.path.isfile(args.out) or os.listdir(args.out)):
+        parser.error(f"--out {args.out} is there already: name another folder, or --resume {args.out}")
     return args
 
 
@@ -573,8 +575,9 @@ def load_reward(path, eos_ids, args):
     options = {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}
     kind = AutoModelForSequenceClassification
     model, info = load(kind, path, "classifier", num_labels=1, **options)
-    if {*info["missing_keys"]} - {"score.weight"} or not hasattr(model, "score"):
-        die(f"--reward-model {path}: weights are missing: {', '.join(info['missing_keys']):.200}")
+    missing = sorted({*info["missing_keys"]} - {"score.weight"})
+    if missing or not hasattr(model, "score"):
+        die(f"--reward-model {path}: weights are missing: {', '.join(missing) or 'score.weight':.200}")
     if info["missing_keys"]:  # at zero no response is preferred, and nothing is random
         torch.nn.init.zeros_(model.score.weight)
     tokenizer = load(AutoTokenizer, path, "tokenizer")
@@ -628,8 +631,9 @@ def main(args):
     report("base", policy, None)
     for t in range(1, parts + 1):
         name, folder, seed = f"{args.method} {t}", out / f"round_{t}", f"{args.seed} round {t}"
-        began = time.time()
+        seconds = None
         if not folder.exists():  # a resumed run may have this one behind it
+            began = time.time()
             print(f"\n{name} of {parts}")
             if args.lora_rank:
                 add_lora(policy, args.lora_rank, seed)
@@ -642,9 +646,10 @@ def main(args):
             if args.lora_rank:
                 merge_lora(policy)
             save_model(policy, tokenizer, folder)
+            seconds = time.time() - began
         del policy  # the next one needs the room
         policy = load_model(folder, args)
-        report(name, policy, time.time() - began)
+        report(name, policy, seconds)
     del policy
 
     if args.baseline == "sft" and parts:
@@ -1106,7 +1111,7 @@ def load_model(path, args):
     # A weight that is missing would be random without a word, one that is NaN be found much later.
     broken = [name for name, weight in model.named_parameters() if not weight.isfinite().all()]
     if broken or info["missing_keys"]:
-        names = ", ".join([*broken, *info["missing_keys"]])
+        names = ", ".join([*broken, *sorted(info["missing_keys"])])
         die(f"{path}: weights that are missing or not finite numbers: {names:.200}")
     model = model.to(device).eval()
     with torch.no_grad():  # what sample will need, tried on two tokens

@@ -187,8 +187,8 @@ def fit(model, flags, preferences=(), pairs=None):
 def test_the_reward_learns_to_tell_real_from_generated(flags, folder):
     """A sign error would turn this around."""
     model, _ = irft.load_reward(folder, {EOS}, args_for())
-    _, records = fit(model, f"--reward-steps 48 --reward-lr 1e-2 {flags}")
-    assert [record["step"] for record in records] == [*range(1, 49)]
+    _, records = fit(model, f"--reward-steps 24 --reward-lr 1e-2 {flags}")
+    assert [record["step"] for record in records] == [*range(1, 25)]
     assert records[0]["told_apart"] == 0.5 and records[0]["margin"] == 0  # ties count half
     assert records[-1]["told_apart"] == 1 and records[-1]["margin"] > 1
 
@@ -196,7 +196,7 @@ def test_the_reward_learns_to_tell_real_from_generated(flags, folder):
 def test_the_penalty_keeps_rewards_small(folder):
     """The linear loss falls for ever; what holds it is the penalty."""
     model, _ = irft.load_reward(folder, {EOS}, args_for())
-    flags = "--reward-loss linear --reward-lr 1e-2 --reward-penalty"
+    flags = "--reward-loss linear --reward-steps 24 --reward-lr 1e-2 --reward-penalty"
     margins = [fit(model, f"{flags} {c}")[1][-1]["margin"] for c in (0.01, 1)]
     assert margins[1] < min(2, margins[0] / 3)  # c = 1: at best r = +-1/2
 
@@ -220,7 +220,7 @@ def test_preferences_join_with_their_weight(reward_model, monkeypatch):
     none, half, one = (gradient_of(f"--preference-weight {weight}") for weight in (0, 0.5, 1))
     assert relative(half, none) > 1e-2
     assert relative(one - none, 2 * (half - none)) < 1e-4  # sums in fp32
-    assert relative(gradient_of("--preference-weight 1 --micro-batch 20"), one) < 1e-4
+    assert relative(gradient_of("--preference-weight 1 --micro-batch 40"), one) < 1e-4
 
 
 PREFERENCES = {
@@ -324,7 +324,7 @@ def test_policy_steps_reach_the_closed_form(kl, reward_model, monkeypatch):
     whole = irft.sample
     short = lambda *a, **k: whole(*a, **k | {"max_new_tokens": 1})
     monkeypatch.setattr(irft, "sample", short)
-    flags = f"--kl {kl} --policy-steps 32 --group-size 200 --policy-lr 1e-2"
+    flags = f"--kl {kl} --policy-steps 24 --group-size 150 --policy-lr 1e-2"
     _, records, _ = improve(reward_model, flags, monkeypatch)
     with torch.no_grad():
         last = [tiny_model()(torch.tensor([prompt])).logits[0, -1] for prompt, _ in PAIRS]
