@@ -1,5 +1,6 @@
 """The parts of tests/studies whose mistakes would not show in a table: theory, shares, intervals, flags."""
 
+import json
 import math
 import sys
 from pathlib import Path
@@ -8,6 +9,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent / "studies"))
 import pretrained
+import torch
+import toy
 
 
 def test_closed_form_multiplies_odds():
@@ -62,3 +65,62 @@ def test_results_of_other_settings_are_not_mixed(tmp_path, monkeypatch):
     assert cases == ["habit", "mixed"]
     with pytest.raises(SystemExit, match="was begun with demos = 192, not 90"):
         pretrained.main(pretrained.parse_args([*flags, "--demos", "90"]))
+
+
+def test_toys_interval_has_both_sources_of_chance():
+    """Without the seeds' term runs that differ would look sure. By hand: p = 0.5, seeds 0.4, 0.5, 0.6, s = 0.1."""
+    assert toy.cell([0.5]) == "0.500 ± 0.044"  # 1.96 sqrt(0.25 / 500)
+    assert toy.cell([0.4, 0.5, 0.6]) == "0.500 ± 0.121"  # 1.96 sqrt(0.25 / 500 + 0.01 / 3)
+
+
+def test_sft_extrapolated_by_one_is_sft(tmp_path):
+    """The control would be unfair if it mixed up start and end, or a finished row and its neighbour's cache."""
+    start = toy.gsil.load_model(toy.gsil.TOY / "base", toy.FLAGS)
+    end = toy.gsil.load_model(toy.gsil.TOY / "base", toy.FLAGS)
+    with torch.no_grad():
+        end.get_output_embeddings().weight *= 0.9
+    end.save_pretrained(tmp_path / "sft")
+    prompts = [problem["prompt_ids"] for problem in toy.PROBLEMS[:20]]
+    settings = (toy.EOS, 40, 0, 20, "seed")
+    wanted = toy.gsil.sample(end, prompts, *settings)
+    assert wanted != toy.gsil.sample(start, prompts, *settings)
+    assert len({len(response) for response in wanted}) > 1  # so some rows finish before others
+    for make in (toy.Mixed, toy.extrapolated):
+        assert toy.gsil.sample(make(tmp_path, 1), prompts, *settings) == wanted
+    twice = toy.extrapolated(tmp_path, 0.5).get_output_embeddings().weight
+    assert torch.allclose(twice, 0.8 * start.get_output_embeddings().weight, rtol=1e-5)
+
+
+def test_every_table_of_the_toy(monkeypatch, tmp_path, capsys):
+    """They take an hour. A flag that left the scripts, or a row that lost its number, must show before that."""
+    commands = set()
+
+    def run(command, seed):
+        script, *flags = command.split()
+        {"gsil": toy.gsil, "irft": toy.irft}[script].parse_args([*flags, "--out", str(tmp_path / "none")])
+        commands.add(command)
+        rows = [
+            {"name": "base", "seconds": None},
+            {"name": "round 1", "seconds": 2},
+            {"name": "sft", "seconds": 1},
+        ]
+        (tmp_path / "summary.json").write_text(json.dumps({"rows": rows}))
+        return tmp_path
+
+    monkeypatch.setattr(toy, "run", run)
+    monkeypatch.setattr(toy, "ROOT", tmp_path)
+    monkeypatch.chdir(tmp_path)  # main() leaves it, and monkeypatch comes back
+    (tmp_path / "runs" / "toy").mkdir(parents=True)
+    found = {**dict.fromkeys(toy.COLUMNS, 0.5), "gap": 1.0}
+    monkeypatch.setattr(toy, "look", lambda policy, seed: found)
+    monkeypatch.setattr(toy, "looked", lambda folder, seed: found)
+    monkeypatch.setattr(toy, "extrapolated", lambda folder, scale: None)
+    monkeypatch.setattr(toy, "Mixed", lambda folder, scale: None)
+    toy.main(toy.parse_args(["all", "--seeds", "2"]))
+    printed = capsys.readouterr().out.split("\n\n")
+    tables = [part.splitlines() for part in printed if part.startswith("|")]
+    assert len(tables) == len(toy.TABLES)
+    for lines in tables:
+        assert len(lines) > 2
+        assert {line.count("|") for line in lines} == {lines[0].count("|")}
+    assert len(commands) > 40
