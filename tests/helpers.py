@@ -9,9 +9,9 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from conftest import ROOT
 
 import gsil
-from conftest import ROOT
 
 EOS = 1
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12, 13], [14], [15, 16]]
@@ -110,5 +110,5 @@ def finite(values):
 def commands(script):
     """The flags of a script's commands in README."""
     text = (ROOT / "README.md").read_text().replace("\\\n", " ")
-    found = re.findall(rf"^\s*(?:.*&& )?(?:python|torchrun .*) {script}(.*)$", text, re.M)
+    found = re.findall(rf"^\s*(?:.*&& )?(?:python|torchrun .*) {script}(.*)$", text, re.MULTILINE)
     return [line.split("#")[0] for line in found]

@@ -10,11 +10,11 @@ import json
 import pyarrow
 import pyarrow.parquet
 import pytest
+from conftest import ZEPHYR, byte_tokenizer
+from helpers import EOS, A, Q, assistant, demos_of, run, toy_flags, user, write_jsonl
 from transformers import AutoConfig, AutoTokenizer
 
 import gsil
-from conftest import ZEPHYR, byte_tokenizer
-from helpers import EOS, A, Q, assistant, demos_of, run, toy_flags, user, write_jsonl
 
 FORMATS = {
     "prompt, response": {"prompt": Q, "response": A},

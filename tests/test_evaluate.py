@@ -1,11 +1,11 @@
 """Section 7 of gsil.py: what the table's numbers are."""
 
 import pytest
+from conftest import ROOT
+from helpers import demos_of, metrics, naive_logp, read_jsonl, run, toy_flags, write_jsonl
 from transformers import AutoModelForCausalLM
 
 import gsil
-from conftest import ROOT
-from helpers import demos_of, metrics, naive_logp, read_jsonl, run, toy_flags, write_jsonl
 
 
 @pytest.mark.parametrize(

@@ -11,12 +11,18 @@ import sys
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
-from transformers import T5Config, T5ForConditionalGeneration
-
-import gsil
 from conftest import ROOT, byte_tokenizer, tiny_model
 from helpers import EOS, read_jsonl, run, user, write_jsonl
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+import gsil
 
 # ---- flags ---------------------------------------------------------------------------------------------------
 

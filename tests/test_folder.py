@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import metrics, read_jsonl, run, weights
 
 import gsil
-from helpers import metrics, read_jsonl, run, weights
 
 FAST = "--rounds 2 --scale 1 --epochs 1 --batch 4 --lr 1e-3 "
 
@@ -113,13 +113,13 @@ def test_a_fault_at_every_rename_and_resume(inputs, undisturbed, tmp_path, monke
     run(inputs + FAST + f"--out {tmp_path}/whole")
     names = [call.removeprefix(f"{tmp_path}/whole/") for call in calls]
     rounds = [name for n in (1, 2) for name in (f"round_{n}.partial/generated.jsonl", f"round_{n}")]
-    assert names == ["args.json", "metrics.jsonl", *rounds, "sft", "sft", "summary.json"]  # two epochs
+    assert names == ["args.json", "metrics.jsonl", *rounds, "sft", "summary.json"]
     for failing in range(2, len(names) + 1):  # without args.json there is nothing to resume
         calls.clear()
         out = tmp_path / str(failing)
         with pytest.raises(OSError, match="No space"):
             run(inputs + FAST + f"--out {out}")
-        failing = None  # noqa: PLW2901 (the function above reads it)
+        failing = None
         run(f"--resume {out}")
         check_equal(out, undisturbed)
         shutil.rmtree(out)

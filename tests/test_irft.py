@@ -4,6 +4,8 @@ import ast
 import copy
 import json
 import math
+import multiprocessing
+import signal
 from functools import partial
 
 import pytest
@@ -440,28 +442,52 @@ def test_reward_pairs_of_the_last_or_of_all_rounds(which, sizes, small, tmp_path
     assert [pair["generated_ids"] for pair in seen[0]] != [pair["generated_ids"] for pair in seen[1][:40]]
 
 
-@pytest.mark.parametrize("part", ["fit_reward", "improve_policy"])
-def test_resume_after_a_stop_equals_an_undisturbed_run(part, small, tmp_path, monkeypatch):
-    """Stopped in round 2's reward or policy steps, a run goes on from round 1's weights and round 2's samples."""
-    flags = f"--rounds 2 --baseline none {FAST}"
-    run(small, tmp_path / "whole", flags)
-    steps, calls = getattr(irft, part), []
+def until_held(flags, folder, step, threads):
+    """A run that makes a file at that optimizer step, and waits to be killed."""
+    torch.set_num_threads(threads)
+    calls, update = [], irft.update
 
-    def stops(*args):
+    def waits(*args):
         calls.append(1)
-        for record in steps(*args):
-            yield record
-            if len(calls) == 2:
-                raise KeyboardInterrupt
+        if len(calls) == step:
+            (folder / "now").touch()
+            signal.pause()
+        return update(*args)
 
-    monkeypatch.setattr(irft, part, stops)
-    with pytest.raises(KeyboardInterrupt):
-        run(small, tmp_path / "cut", flags)
-    monkeypatch.undo()
-    irft.main(irft.parse_args(["--resume", str(tmp_path / "cut")]))
+    irft.update = waits
+    irft.main(irft.parse_args(flags.split()))
+
+
+@pytest.fixture(scope="session")
+def undisturbed(inputs, tmp_path_factory):
+    """The flags and the folder of a run of two rounds that nothing stopped."""
+    out = tmp_path_factory.mktemp("undisturbed") / "out"
+    flags = f"{inputs} --rounds 2 --reward-steps 2 --policy-steps 2 --policy-batch 2 --group-size 2 --batch 4"
+    flags += " --baseline none"
+    irft.main(irft.parse_args(f"{flags} --out {out}".split()))
+    return flags, out
+
+
+@pytest.mark.parametrize("part, step", [("reward", 6), ("policy", 8)])  # the second of round 2
+def test_kill_9_and_resume(part, step, undisturbed, tmp_path):
+    """Killed in round 2's reward or policy steps, a run goes on from round 1's weights and round 2's samples,
+    and ends with the weights of an undisturbed run."""
+    flags, whole = undisturbed
+    out = tmp_path / "out"
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(["irft"])
+    inputs = (f"{flags} --out {out}", tmp_path, step, torch.get_num_threads())
+    process = server.Process(target=until_held, args=inputs)
+    process.start()
+    while process.is_alive() and not (tmp_path / "now").exists():
+        process.join(0.01)
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL and not (out / "round_2").exists()
+    irft.main(irft.parse_args(["--resume", str(out)]))
     for saved in ("round_1", "round_1/reward", "round_2", "round_2/reward"):
-        assert weights(tmp_path / "whole" / saved) == weights(tmp_path / "cut" / saved)
-    assert metrics(tmp_path / "whole") == metrics(tmp_path / "cut")
+        assert weights(whole / saved) == weights(out / saved)
+    assert metrics(whole) == metrics(out)
 
 
 @pytest.mark.parametrize(

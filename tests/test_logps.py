@@ -5,10 +5,10 @@ import re
 
 import pytest
 import torch
-
-import gsil
 from conftest import tiny_model
 from helpers import PAIRS, gradient, naive_logp, relative
+
+import gsil
 
 ROUNDING = 1e-4  # of a sum of a few float32 log-softmaxes of about 5 nats: 1e-6 relative, and room
 

@@ -5,9 +5,9 @@ import math
 
 import pytest
 import torch
+from helpers import made_pairs, naive_logp
 
 import gsil
-from helpers import made_pairs, naive_logp
 
 STEP_0 = {  # h+ = h- = shift, where every run begins: at shift 0 and at the official 2, worked out on paper
     "logistic": (2 * math.log(2), 2.2539),

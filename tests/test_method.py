@@ -4,11 +4,11 @@ import json
 
 import pytest
 import torch
+from conftest import ROOT
+from helpers import demos_of, finite, metrics, naive_logp, read_jsonl, run, toy_flags, weights
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import gsil
-from conftest import ROOT
-from helpers import demos_of, finite, metrics, naive_logp, read_jsonl, run, toy_flags, weights
 
 BASE = ROOT / "tests/toy/base"
 COLUMNS = ["name", "greedy_accuracy", "sampled_accuracy", "n", "heldout_nll", "mean_response_tokens"]
@@ -133,7 +133,7 @@ def test_a_pad_that_is_eos_is_learned(tmp_path, inputs):
 
 def test_a_loss_of_your_own_is_one_line(small, tmp_path, monkeypatch, capsys):
     """README promises that an entry of LOSSES is all: listed by --help, checked at step 0, trained with."""
-    squared = lambda real, generated: (real - 1) ** 2 + (generated + 1) ** 2  # noqa: E731
+    squared = lambda real, generated: (real - 1) ** 2 + (generated + 1) ** 2
     monkeypatch.setitem(gsil.LOSSES, "squared", squared)
     with pytest.raises(SystemExit):
         gsil.parse_args(["--help"])

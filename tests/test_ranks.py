@@ -23,6 +23,7 @@ import json, sys
 from functools import partial
 import torch
 import gsil
+import irft
 
 def full(tensor):
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
@@ -51,10 +52,29 @@ def updates(pairs, micro_batch, sharded):
         found[loss] = {"gradient": gradient, "weights": weights, "shift": shift.detach(), "means": means}
     return found
 
+def whole_copies(pairs, micro_batch):
+    # RFT's reward and policy, of which every rank keeps all: the gradient of an update of each.
+    args = irft.parse_args(["--micro-batch", str(micro_batch), "--clip", "0.5"])
+    reward_model, _ = irft.load_reward(gsil.TOY / "base", {1}, args)
+    torch.nn.init.constant_(reward_model.score.weight, 0.1)
+    rows = [pair | {"weight": 1.0, "logp": pair["generated_reference"], "advantage": n % 3 - 1.0} for n, pair in enumerate(pairs)]
+    rows = [row | dict.fromkeys(irft.SAMPLED, 1.0) for row in rows]
+    sampled = [{key: row[key] for key in row if key != "real_ids"} for row in rows]
+    reward_loss = partial(irft.reward_loss, loss="logistic", penalty=0.01)
+    policy = gsil.load_model(gsil.TOY / "base", args)
+    found = {}
+    for name, model, batch, loss_of in (("reward", reward_model, rows, reward_loss), ("policy", policy, sampled, irft.policy_loss)):
+        irft.prepare(model, args, sharded=False)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        optimizer.zero_grad = lambda: None
+        irft.update(model, optimizer, batch, loss_of, args)
+        found[name] = torch.cat([weight.grad.flatten() for weight in model.parameters() if weight.grad is not None])
+    return found
+
 if __name__ == "__main__":
     gsil.start_processes()
     pairs = gsil.read_json_lines(gsil.Path(sys.argv[1]))
-    found = updates(pairs, 200, True)
+    found = updates(pairs, 200, True) | whole_copies(pairs, 200)
     if gsil.ranks()[0] == 0:
         torch.save(found, sys.argv[2])
     gsil.main(gsil.parse_args(sys.argv[3:]))  # in the same processes: starting them takes longest
@@ -75,7 +95,7 @@ def one_and_two(small, tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     (folder / "updates.py").write_text(UPDATES)
     sys.path.insert(0, str(folder))
-    updates = importlib.import_module("updates").updates
+    module = importlib.import_module("updates")
     flags = "--temperature 0 --batch 13 --micro-batch 500 --epochs 1 --shift 0.1 "
     run(toy_flags(small, folder / "one") + flags)
     pairs = read_jsonl(folder / "one/round_1/generated.jsonl")[:13]
@@ -83,7 +103,7 @@ def one_and_two(small, tmp_path_factory):
         pair["real_reference"] += n % 3 - 1
         pair["generated_reference"] += 0.5
     (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
-    one = updates(pairs, 4096, False)
+    one = module.updates(pairs, 4096, False) | module.whole_copies(pairs, 4096)
     two_flags = (toy_flags(small, folder / "two") + flags).split()
     said, code = torchrun(
         folder / "updates.py", str(folder / "pairs.jsonl"), str(folder / "two.pt"), *two_flags
@@ -110,6 +130,13 @@ def test_two_processes_take_the_steps_of_one(loss, one_and_two):
         assert (ours - theirs).abs().max() < 1e-4 * theirs.abs().max()
     assert two["shift"].item() == pytest.approx(one["shift"].item(), rel=1e-4)
     assert (one["shift"] != 0.5) == (loss == "logistic")
+
+
+@pytest.mark.parametrize("name", ["reward", "policy"])
+def test_two_processes_find_the_gradients_of_rft(name, one_and_two):
+    """Each rank has a whole copy: were gradients not averaged, the copies would part without a word."""
+    _, one, two, _ = one_and_two
+    assert (two[name] - one[name]).abs().max() < 1e-4 * one[name].abs().max()  # another order of float32 sums
 
 
 def test_a_run_of_two_processes(one_and_two):

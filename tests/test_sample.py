@@ -6,11 +6,11 @@ import math
 
 import pytest
 import torch
+from conftest import tiny_model
+from helpers import EOS, PROMPTS
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import gsil
-from conftest import tiny_model
-from helpers import EOS, PROMPTS
 
 SHAPE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
 SHAPE |= {"num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 256, "initializer_range": 0.2}

@@ -25,9 +25,9 @@ import math
 
 import pytest
 import torch
+from make_toy import HASTY
 
 from gsil import H_MAX, LOSSES
-from make_toy import HASTY
 
 RATIO = ["logistic", "brier", "kliep", "lsif"]  # the one-sided losses that find the ratio p/pi itself
 SMOOTH = [*RATIO, "spin"]  # hinge has kinks, where LBFGS gets stuck

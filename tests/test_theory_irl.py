@@ -21,12 +21,9 @@ are written out, nothing is sampled. "Fitted" means trained to the optimum.
 
 import pytest
 import torch
-
-import gsil
-from irft import LOSSES, REWARD_LOSSES, advantages, clipped_loss
 from test_theory import (
-    P,
     PI,
+    P,
     all_pairs,
     close,
     closed_form,
@@ -36,6 +33,9 @@ from test_theory import (
     sft_gradient,
     vector,
 )
+
+import gsil
+from irft import LOSSES, REWARD_LOSSES, advantages, clipped_loss
 
 REWARD = vector(1, 0, -0.5)  # an example; pi_ref is PI throughout
 

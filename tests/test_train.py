@@ -8,10 +8,10 @@ from functools import partial
 
 import pytest
 import torch
-
-import gsil
 from conftest import tiny_model
 from helpers import gradient, made_pairs, relative
+
+import gsil
 
 SHIFT = torch.tensor(0.5)
 
