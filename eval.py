@@ -681,6 +681,8 @@ def to_messages(row):
         if beginning.strip():
             raise ValueError(f"a transcript begins with two newlines and Human:, not {turns!r:.40}")
         turns = [{"role": who, "content": text.strip()} for who, text in zip(parts[::2], parts[1::2])]
+    if not isinstance(turns, list):
+        raise TypeError(f"{after} is neither text nor a list of turns, but {turns!r:.60}")
     messages = [to_message(turn) for turn in turns]
     while messages and messages[-1]["role"] != "assistant":
         messages.pop()
@@ -696,9 +698,9 @@ def to_messages(row):
 
 def to_message(turn):
     """A turn with role and content, or from and value -> {"role", "content"}, both text."""
-    if not isinstance(turn, dict):
+    role = isinstance(turn, dict) and (turn.get("role") or turn.get("from"))
+    if not role:
         raise TypeError(f"not a turn with role and content, but {turn!r:.60}")
-    role = turn.get("role") or turn.get("from")
     content = turn.get("value") if turn.get("content") is None else turn["content"]
     if isinstance(content, list) and all(part.get("type") == "text" for part in content):
         content = "".join(part["text"] for part in content)

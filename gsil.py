@@ -67,22 +67,22 @@ def parse_args(argv=None):
     flag("--loss", choices=[*LOSSES, "sft"], default="logistic", help="sft: the baseline alone")
     flag("--scale", type=float, default=0.3, help="1 imitates, smaller goes further past")
     flag("--shift", help="a number added to h, official: 2; if not given, 'learn' it")
-    flag("--rounds", type=int, default=1, help="each samples afresh; for several take scale 1")
-    flag("--epochs", type=int, default=2, help="passes over a round's pairs; many overfit")
-    flag("--temperature", type=float, default=1.0, help="of the samples; official: 0, greedy")
+    flag("--rounds", type=int, default=1, help="each samples afresh; above 1 take a scale near 1")
+    flag("--epochs", type=int, default=2, help="passes over a round's pairs; more fit closer, overfit")
+    flag("--temperature", type=float, default=1.0, help="of samples; lower: more alike; official: 0, greedy")
     flag("--baseline", choices=["sft", "none"], default="sft", help="SFT for comparison")
     flag = parser.add_argument_group("optimizer").add_argument
     flag("--optimizer", choices=["adamw", "rmsprop"], default="adamw", help="official: rmsprop")
-    flag("--lr", type=float, default=2e-4, help="peak learning rate; official for 7B: 5e-7")
-    flag("--shift-lr", type=float, default=0.02, help="learning rate of a learned shift")
+    flag("--lr", type=float, default=2e-4, help="peak learning rate; too high diverges; official 7B: 5e-7")
+    flag("--shift-lr", type=float, default=0.02, help="learning rate of a learned shift; lower: slower")
     flag("--warmup", type=int, default=0, help="steps in which lr rises; then it falls to 0")
-    flag("--batch", type=int, default=32, help="demonstrations per step")
-    flag("--micro-batch", type=int, default=4096, help="tokens per forward pass: saves memory")
+    flag("--batch", type=int, default=32, help="demonstrations per step; larger: steadier, fewer steps")
+    flag("--micro-batch", type=int, default=4096, help="tokens per pass; smaller: less memory, same result")
     flag("--checkpoint-activations", action="store_true", help="saves memory, a third slower")
-    flag("--clip", type=float, default=1.0, help="largest gradient norm; smaller: more careful")
+    flag("--clip", type=float, default=1.0, help="largest gradient norm; smaller: slower, steadier")
     flag = parser.add_argument_group("run").add_argument
-    flag("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto", help="where to run")
-    flag("--sample-batch", type=int, default=256, help="responses sampled at a time")
+    flag("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto", help="auto: the first there is")
+    flag("--sample-batch", type=int, default=256, help="responses at a time; larger: faster, more memory")
     flag("--seed", type=int, default=0, help="of the samples and of the order of pairs")
     flag("--out", help="folder of the results; if not given, the next free runs/gsil-LOSS-N")
     flag("--resume", metavar="DIR", help="continue that run; only --rounds may be raised")
@@ -451,6 +451,8 @@ def to_messages(row):
         if beginning.strip():
             raise ValueError(f"a transcript begins with two newlines and Human:, not {turns!r:.40}")
         turns = [{"role": who, "content": text.strip()} for who, text in zip(parts[::2], parts[1::2])]
+    if not isinstance(turns, list):
+        raise TypeError(f"{after} is neither text nor a list of turns, but {turns!r:.60}")
     messages = [to_message(turn) for turn in turns]
     while messages and messages[-1]["role"] != "assistant":
         messages.pop()
@@ -466,9 +468,9 @@ def to_messages(row):
 
 def to_message(turn):
     """A turn with role and content, or from and value -> {"role", "content"}, both text."""
-    if not isinstance(turn, dict):
+    role = isinstance(turn, dict) and (turn.get("role") or turn.get("from"))
+    if not role:
         raise TypeError(f"not a turn with role and content, but {turn!r:.60}")
-    role = turn.get("role") or turn.get("from")
     content = turn.get("value") if turn.get("content") is None else turn["content"]
     if isinstance(content, list) and all(part.get("type") == "text" for part in content):
         content = "".join(part["text"] for part in content)
@@ -527,7 +529,7 @@ def read_demos(path, split, make):
 
 
 def read_data(config, tokenizer, eos_ids, args):
-    """(demonstrations, dev problems, held-out problems, tokens of the longest response); [] where none are."""
+    """(demonstrations, dev problems, held-out problems, tokens of the longest response)."""
     make = partial(encode, tokenizer=tokenizer, eos_ids=eos_ids)
     paths = (args.data, args.dev, args.heldout)
     demos, dev, heldout = [read_demos(path, args.split, make) if path else [] for path in paths]

@@ -79,13 +79,13 @@ def parse_args(argv=None):
     flag("--optimizer", choices=["adamw", "rmsprop"], default="adamw", help="official: rmsprop")
     flag("--lr", type=float, default=2e-4, help="peak, of IRFT and SFT; official for 7B: 5e-7")
     flag("--warmup", type=int, default=0, help="steps in which lr rises; then it falls to 0")
-    flag("--batch", type=int, default=32, help="pairs per step")
-    flag("--micro-batch", type=int, default=4096, help="tokens per forward pass: saves memory")
+    flag("--batch", type=int, default=32, help="pairs per step; larger: steadier, fewer steps")
+    flag("--micro-batch", type=int, default=4096, help="tokens per pass; smaller: less memory, same result")
     flag("--checkpoint-activations", action="store_true", help="saves memory, a third slower")
-    flag("--clip", type=float, default=1.0, help="largest gradient norm; smaller: more careful")
+    flag("--clip", type=float, default=1.0, help="largest gradient norm; smaller: slower, steadier")
     flag("--lora-rank", type=int, help="train so many directions per matrix; official: 64")
-    flag("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto", help="where to run")
-    flag("--sample-batch", type=int, default=256, help="responses sampled at a time")
+    flag("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto", help="auto: the first there is")
+    flag("--sample-batch", type=int, default=256, help="responses at a time; larger: faster, more memory")
     flag("--seed", type=int, default=0, help="of the samples and of the order of pairs")
     flag("--out", help="folder of the results; if not given, the next free runs/irft-METHOD-N")
     flag("--resume", metavar="DIR", help="continue that run; only --rounds may be raised")
@@ -94,7 +94,7 @@ def parse_args(argv=None):
     flag("--chunks", type=int, default=1, help="parts of the data, one after the other; 1: SPIN")
     flag("--loss", choices=[*LOSSES], default="spin", help="linear: the paper's raw gradient")
     flag("--scale", type=float, default=0.3, help="1 imitates, smaller goes further past")
-    flag("--epochs", type=int, default=2, help="passes over a chunk's pairs; many overfit")
+    flag("--epochs", type=int, default=2, help="passes over a chunk's pairs; more fit closer, overfit")
     rft = parser.add_argument_group("--method rft")
     flag = rft.add_argument
     flag("--rounds", type=int, default=1, help="each samples afresh; at kl < 1 they swing")
@@ -323,7 +323,7 @@ def reward(model, texts):
 
 # name -> (r of demonstrations, r of generated responses) -> loss, (B,) each
 REWARD_LOSSES = {
-    # -log s(r+ - r-)   optimum log p/pi_t + constant of x; as reward models are fitted to preferences
+    # -log s(r+ - r-)   optimum log p/pi_t + constant of x; as reward models are usually fitted
     "logistic": lambda real, generated: -F.logsigmoid(real - generated),
     # -(r+ - r-)        the paper's raw gradient; falls for ever unless --reward-penalty holds it
     "linear": lambda real, generated: -(real - generated),
@@ -433,9 +433,9 @@ def improve_policy(policy, reference, reward_model, demos, respond, args, seed):
         for row, gain in zip(rows, advantages(objective).flatten().tolist()):
             row["advantage"] = gain
             row["length"] = float(len(row["generated_ids"]))
-        for _ in range(args.ppo_epochs):  # from the second on the policy has left its samples behind
+        for _ in range(args.ppo_epochs):  # from the second on the samples are not its own
             metrics = update(policy, optimizer, rows, policy_loss, args)
-        metrics["policy_loss"] = metrics.pop("loss")  # 0 at first, as advantages are: nothing to watch
+        metrics["policy_loss"] = metrics.pop("loss")  # 0 at first: nothing to watch
         place = {"step": step, "steps": args.policy_steps}
         yield place | metrics | {"seconds": time.time() - began}
         schedule.step()
@@ -560,7 +560,7 @@ def rft_round(models, pairs, preferences, demos, problems, respond, out, t, seed
     if after["kl"] > 0.5 * after["length"] or after["objective"] < before["objective"]:
         print("warning: the policy runs away, or gains nothing: raise --kl or lower --policy-lr")
     if abs(before["reward_length"]) > 0.95:
-        print("warning: the reward follows length alone: is that what makes demonstrations better?")
+        print("warning: the reward follows length alone: does that make demonstrations better?")
     save_model(reward_model, reward_tokenizer, out / f"round_{t}.partial" / "reward")
 
 
@@ -590,7 +590,7 @@ def load_reward(path, eos_ids, args):
 
 
 def make_preference(row, tokenizer, eos_ids, room):
-    """A row with chosen and rejected -> a pair as self_play makes them: chosen is real, rejected generated."""
+    """A row with chosen and rejected -> a pair as self_play makes them, chosen being real."""
     chosen = encode(row, tokenizer, eos_ids)
     rejected = encode(row | {"chosen": row["rejected"]}, tokenizer, eos_ids)
     if chosen["prompt"] != rejected["prompt"]:
@@ -601,7 +601,7 @@ def make_preference(row, tokenizer, eos_ids, room):
 
 
 def read_rft_inputs(config, tokenizer, eos_ids, args):
-    """(what the reward starts from, preferences): what is wrong with them should not cost the samples."""
+    """(what the reward starts from, preferences), looked at before anything is sampled."""
     start = args.reward_model or args.model
     _, theirs = load_reward(start, eos_ids, args)
     if not tokenizer.get_vocab().items() <= theirs.get_vocab().items():
@@ -753,6 +753,8 @@ def to_messages(row):
         if beginning.strip():
             raise ValueError(f"a transcript begins with two newlines and Human:, not {turns!r:.40}")
         turns = [{"role": who, "content": text.strip()} for who, text in zip(parts[::2], parts[1::2])]
+    if not isinstance(turns, list):
+        raise TypeError(f"{after} is neither text nor a list of turns, but {turns!r:.60}")
     messages = [to_message(turn) for turn in turns]
     while messages and messages[-1]["role"] != "assistant":
         messages.pop()
@@ -768,9 +770,9 @@ def to_messages(row):
 
 def to_message(turn):
     """A turn with role and content, or from and value -> {"role", "content"}, both text."""
-    if not isinstance(turn, dict):
+    role = isinstance(turn, dict) and (turn.get("role") or turn.get("from"))
+    if not role:
         raise TypeError(f"not a turn with role and content, but {turn!r:.60}")
-    role = turn.get("role") or turn.get("from")
     content = turn.get("value") if turn.get("content") is None else turn["content"]
     if isinstance(content, list) and all(part.get("type") == "text" for part in content):
         content = "".join(part["text"] for part in content)
@@ -829,7 +831,7 @@ def read_demos(path, split, make):
 
 
 def read_data(config, tokenizer, eos_ids, args):
-    """(demonstrations, dev problems, held-out problems, tokens of the longest response); [] where none are."""
+    """(demonstrations, dev problems, held-out problems, tokens of the longest response)."""
     make = partial(encode, tokenizer=tokenizer, eos_ids=eos_ids)
     paths = (args.data, args.dev, args.heldout)
     demos, dev, heldout = [read_demos(path, args.split, make) if path else [] for path in paths]

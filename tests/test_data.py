@@ -126,7 +126,7 @@ UNUSABLE = {  # row -> what the sentence says of it
     "no object": (3, ["columns", "3"]),
     "null": ({"prompt": "a", "response": None}, ["found prompt"]),
     "blank": ({"prompt": "a", "response": " "}, ["assistant is empty"]),
-    "a number": ({"question": "a", "answer": 4}, ["columns"]),
+    "a number": ({"question": "a", "answer": 4}, ["answer is neither text nor"]),
     "no assistant": ({"messages": [user("a")]}, ["messages", "response"]),
     "nobody asked": ({"messages": [assistant("a")]}, ["messages", "prompt"]),
     "messages of text": ({"messages": ["a", "b"]}, ["role and content"]),
@@ -247,8 +247,8 @@ def test_words_that_the_tokenizer_does_not_know_are_counted(tmp_path, capsys):
         {"question": "Mia has 1 keys .", "answer": "#### 1"},
         {"question": "Supercalifragilistic", "answer": "#### 1"},
     ]
-    demos_of(write_jsonl(tmp_path / "x.jsonl", rows), tokenizer, [tokenizer.eos_token_id])
-    assert "in 1 of 2 rows are words that the tokenizer does not know" in capsys.readouterr().out
+    data_of(write_jsonl(tmp_path / "x.jsonl", rows), tokenizer)
+    assert "warning: 1 rows have words that the tokenizer does not know" in capsys.readouterr().out
 
 
 # ---- read_data: what fits, what is held out --------------------------------------------------------------------

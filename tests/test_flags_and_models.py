@@ -164,7 +164,7 @@ OTHERS = {  # flags -> what the sentence says
     "--model nobody/nothing": ["nobody/nothing: no such folder"],
     "--data {path}/x.jsonl": ["{path}/x.jsonl: no such file"],
     "--prompt-template Q:": ["--prompt-template 'Q:': no {{prompt}}"],
-    "--max-new-tokens 300": ["--max-new-tokens: 2", "fit the window, 256"],
+    "--max-new-tokens 300": ["--max-new-tokens: 2", "fit the model's window of 256", "that begins"],
 }
 if not torch.cuda.is_available():
     OTHERS["--device cuda"] = ["--device cuda: there is none here"]
@@ -242,7 +242,7 @@ def test_a_terminal_without_the_letter_and_a_full_disk(inputs, tmp_path):
     said = done.stderr.decode("ascii").splitlines()
     assert b"\\xe9.jsonl, too" in done.stdout
     assert done.returncode == 2 and said[-1].startswith("error: ") and "Traceback" not in done.stderr.decode()
-    assert said[-1].endswith(f"what was saved is safe: see --resume {out}")
+    assert said[-1].endswith(f"go on with --resume {out}")
     assert (out / "round_1.partial/generated.jsonl").exists() and not (out / "round_1").exists()
 
 
