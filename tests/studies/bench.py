@@ -445,7 +445,7 @@ def bench_eval(args):
     if args.shots is not None:
         flags += f" --shots {args.shots}"
     parts, ours, theirs = [], [], []
-    for name in ("encode", "generate", "loglikelihoods"):
+    for name in ("tokenize", "generate", "loglikelihoods"):
         setattr(ev, name, timed(getattr(ev, name), parts))
     reference = HFLM(pretrained=args.model, dtype="float32", batch_size=batch, device=args.device)
     reference.generate_until = timed(reference.generate_until, theirs)
