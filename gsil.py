@@ -77,7 +77,7 @@ def parse_args(argv=None):
     flag("--shift-lr", type=float, default=0.02, help="learning rate of a learned shift; lower: slower")
     flag("--warmup", type=int, default=0, help="steps in which lr rises; then it falls to 0")
     flag("--batch", type=int, default=32, help="demonstrations per step; larger: steadier, fewer steps")
-    flag("--micro-batch", type=int, help="tokens per pass; not given: 1024 on a CPU, 8192 on a GPU")
+    flag("--micro-batch", type=int, help="tokens per pass; not given: 512 on a CPU, 8192 on a GPU")
     flag("--checkpoint-activations", action="store_true", help="saves memory, a third slower")
     flag("--clip", type=float, default=1.0, help="largest gradient norm; smaller: slower, steadier")
     flag = parser.add_argument_group("run").add_argument
@@ -97,7 +97,7 @@ def parse_args(argv=None):
     if args.shift != "learn" and not re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d\d?)?", args.shift):
         parser.error(f"--shift {args.shift}: neither a number nor 'learn'")
     if args.micro_batch is None:  # measured: a CPU wants little padding, a GPU much work at a time
-        args.micro_batch = 8192 if torch.cuda.is_available() and args.device != "cpu" else 1024
+        args.micro_batch = 8192 if torch.cuda.is_available() and args.device != "cpu" else 512
     for name, value in vars(args).items():
         zero = name in ("rounds", "temperature", "warmup", "seed", "checkpoint_activations")
         if isinstance(value, (int, float)) and not (0 < value < math.inf or (zero and value == 0)):

@@ -80,7 +80,7 @@ def parse_args(argv=None):
     flag("--lr", type=float, default=2e-4, help="peak, of IRFT and SFT; official for 7B: 5e-7")
     flag("--warmup", type=int, default=0, help="steps in which lr rises; then it falls to 0")
     flag("--batch", type=int, default=32, help="pairs per step; larger: steadier, fewer steps")
-    flag("--micro-batch", type=int, help="tokens per pass; not given: 1024 on a CPU, 8192 on a GPU")
+    flag("--micro-batch", type=int, help="tokens per pass; not given: 512 on a CPU, 8192 on a GPU")
     flag("--checkpoint-activations", action="store_true", help="saves memory, a third slower")
     flag("--clip", type=float, default=1.0, help="largest gradient norm; smaller: slower, steadier")
     flag("--lora-rank", type=int, help="train so many directions per matrix; official: 64")
@@ -123,7 +123,7 @@ def parse_args(argv=None):
             if method != args.method and getattr(args, action.dest) != action.default:
                 parser.error(f"{action.option_strings[0]} belongs to --method {method}")
     if args.micro_batch is None:  # measured: a CPU wants little padding, a GPU much work at a time
-        args.micro_batch = 8192 if torch.cuda.is_available() and args.device != "cpu" else 1024
+        args.micro_batch = 8192 if torch.cuda.is_available() and args.device != "cpu" else 512
     for name, value in vars(args).items():
         zero = name in ("temperature", "warmup", "seed", "rounds", "kl", "checkpoint_activations")
         zero = zero or name in ("reward_penalty", "preference_weight")
