@@ -87,7 +87,7 @@ def parse_args(argv=None):
         help="of --train and --sample, in this order",
     )
     flag("--steps", type=int, help="in each turn of each side, behind the first")
-    flag("--micro-batch", type=int, nargs="+", default=[4096], help="ours: tokens per forward pass")
+    flag("--micro-batch", type=int, nargs="+", default=[512], help="ours: tokens per forward pass")
     flag("--trl-micro-batch", type=int, nargs="+", help="TRL: pairs per forward pass")
     flag("--sample-batch", type=int, help="prompts to sample for, at once")
     flag("--worker", nargs="+", help=argparse.SUPPRESS)  # in the process of a side: folder, settings

@@ -98,7 +98,7 @@ def parse_args(argv=None):
     flag("--lr", type=float, default=5e-5, help="of every method; SFT also tries twice this")
     flag("--policy-steps", type=int, default=32, help="RFT: steps of the policy, and of the reward")
     flag("--batch", type=int, default=16)
-    flag("--micro-batch", type=int, default=2048, help="tokens per forward pass")
+    flag("--micro-batch", type=int, default=512, help="tokens per forward pass")
     flag("--sample-batch", type=int, default=64, help="problems asked, or scored, at a time")
     flag("--max-new-tokens", type=int, default=56)
     flag("--device", default="cpu")
