@@ -6,13 +6,10 @@ response, log-likelihood and metric is lm_eval's (tests/parity). Three tasks are
 `answers` asks as gsil.py and irft.py train, `reward` has a reward model choose between two responses,
 `mt_bench` writes answers for FastChat to judge.
 
-    response    greedy, or --samples of them at --temperature; cut at the task's stop strings
-                arc, hellaswag, winogrande, truthfulqa, mmlu: the likeliest of the choices
-    score       gsm8k: a number is found in the response and compared with the right one, as text
-                humaneval: prompt + response + the problem's tests is a program that passes or not
-
-A value is a mean over problems, +- half the width of its 95 % interval. Two models answer the same
-problems, so --compare tests their differences problem by problem: sharper than two means.
+gsm8k looks for a number in the response and compares it with the right one, as text; humaneval runs
+prompt + response + tests; arc, hellaswag, winogrande, truthfulqa, mmlu take the likeliest choice. A
+value is a mean over problems, +- half its 95 % interval. Two models answer the same problems, so
+--compare tests their differences problem by problem: sharper than two means.
 
     python eval.py                                  # the toy's base model on its held-out problems
     python eval.py --model runs/gsil-logistic-1/round_1 --compare tests/toy/base
@@ -97,8 +94,10 @@ def parse_args(argv=None):
         parser.error(f"--samples {args.samples}: greedy ones are all the same, set --temperature")
     if "reward" in args.tasks and (not args.reward_model or args.samples > 1):
         parser.error("--tasks reward needs --reward-model, and one sample per problem")
-    if "mt_bench" in args.tasks and (args.compare or not args.answers or Path(args.answers).exists()):
-        parser.error("mt_bench needs --answers, a file that is not there yet, and no --compare")
+    if "mt_bench" in args.tasks and (args.compare or not args.answers):
+        parser.error("mt_bench needs --answers FILE, and no --compare")
+    if args.answers and Path(args.answers).exists() and Path(args.answers).stat().st_size:
+        parser.error(f"--answers {args.answers}: is there already, and would be overwritten")
     if "humaneval" in tasks and not args.allow_code_execution:
         parser.error("humaneval runs what the model writes: give --allow-code-execution")
     return args
@@ -170,8 +169,7 @@ def tokenize(tokenizer, prompt, special=True):
 def generate(policy, prompts, stop, max_new_tokens, temperature, batch_size, name=""):
     """Prompts, lists of ids -> (text up to the first stop, was it cut by max_new_tokens?) for each.
 
-    By transformers' generate, not by a loop as in gsil.py: penalties and EOS tokens in the generation
-    config belong to the model here, as they do in lm_eval.
+    By transformers' generate: penalties and EOS tokens of the generation config belong to the model here.
     """
     model, tokenizer = policy.model, policy.tokenizer
     config = model.generation_config
@@ -188,8 +186,8 @@ def generate(policy, prompts, stop, max_new_tokens, temperature, batch_size, nam
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # too long shows at once
     responses = [None] * len(prompts)
     for rows in tqdm(chunks(order, batch_size), desc=name, leave=False, disable=None):
-        some = {"input_ids": [prompts[i] for i in rows]}
-        inputs = tokenizer.pad(some, padding_side="left", return_tensors="pt").to(model.device)
+        inputs = tokenizer.pad({"input_ids": [prompts[i] for i in rows]}, padding_side="left")
+        inputs = inputs.convert_to_tensors("pt").to(model.device)
         width = inputs.input_ids.shape[1]  # ids and mask are (B, P)
 
         # Saves time, `cut` decides. generate's own stop_strings also match across the prompt's end.
@@ -248,27 +246,26 @@ def respond(name, task, problems, shots, policy, args):
 
 
 @torch.no_grad()
-def loglikelihoods(policy, problems, batch_size, name=""):
-    """log p(continuation | context) in nats: [[(ids, ids) per choice] per problem] -> floats alike.
+def loglikelihoods(policy, pairs, batch_size, name=""):
+    """log p(continuation | context) in nats: [(ids, ids)] -> floats.
 
     A context that choices have in common is read once; their continuations go on from its cache. Other
     states than keys and values cannot go on for several tokens: there each choice is read as a whole.
     """
     model = policy.model
-    readers = {}  # (problem, what is read first) -> the choices that need it
-    for p, choices in enumerate(problems):
-        for c, (context, rest) in enumerate(choices):
-            first = context if policy.goes_on else context + rest[:-1]
-            readers.setdefault((p, tuple(first)), []).append(c)
-    parts = sorted(readers.items(), key=lambda part: -len(part[0][1]))  # longest first, as in generate
+    readers = {}  # what is read first -> the pairs that need it
+    for i, (context, rest) in enumerate(pairs):
+        first = context if policy.goes_on else context + rest[:-1]
+        readers.setdefault(tuple(first), []).append(i)
+    parts = sorted(readers.items(), key=lambda part: -len(part[0]))  # longest first, as in generate
     size = max(1, batch_size // max(map(len, readers.values())))
-    values = [[0.0] * len(choices) for choices in problems]
+    values = [0.0] * len(pairs)
     for some in tqdm(chunks(parts, size), desc=name, leave=False, disable=None):
-        asked = [(b, p, c) for b, ((p, _), cs) in enumerate(some) for c in cs]
-        owner = [b for b, _, _ in asked]  # a row is repeated for each choice that it is for: B become C
-        rests = [problems[p][c][1] for _, p, c in asked]
+        contexts = [context for context, _ in some]
+        asked = [i for _, those in some for i in those]
+        owner = [b for b, (_, those) in enumerate(some) for _ in those]  # a row for each pair: B become C
+        rests = [pairs[i][1] for i in asked]
         longest = max(map(len, rests))
-        contexts = [context for (_, context), _ in some]
         ids = pad(contexts, "left", model.device)  # (B, P)
         mask = pad([[1] * len(context) for context in contexts], "left", model.device)  # (B, P)
         where = (mask.cumsum(1) - 1).clamp(min=0)  # pads do not count
@@ -285,9 +282,9 @@ def loglikelihoods(policy, problems, batch_size, name=""):
             more = model(ids, attention_mask=mask, position_ids=where, past_key_values=cache)
             logits = torch.cat([logits, more.logits], 1)  # at t they predict token t of the rest
         logps = no_nan(logits.log_softmax(-1), name)  # in the model's dtype, as in lm_eval
-        for (_, p, c), rest, row in zip(asked, rests, logps):
+        for i, rest, row in zip(asked, rests, logps):
             row = row if policy.goes_on else row[-len(rest) :]  # (R, V)
-            values[p][c] = row[range(len(rest)), rest].sum().item()
+            values[i] = row[range(len(rest)), rest].sum().item()
     return values
 
 
@@ -304,7 +301,7 @@ def measure(problem, lls):
 def choose(name, task, problems, shots, policy, args):
     """A sample per problem: contexts (mostly one), continuations, log-likelihoods, metrics."""
     tokenizer, window = policy.tokenizer, policy.window
-    samples, asked = [], []
+    samples, pairs = [], []
     for problem, some in zip(problems, shots):
         template = tokenizer if args.chat else None
         prompts = [build_prompt(problem, some, asks, template) for asks in problem["questions"]]
@@ -312,26 +309,26 @@ def choose(name, task, problems, shots, policy, args):
         # Blanks that end a prompt belong to the continuation. Both are encoded as one text and cut where
         # the prompt alone would end: of a token that spans the cut the rest is scored, as in lm_eval.
         starts = {prompt: tokenize(tokenizer, prompt.rstrip()) for prompt in dict.fromkeys(prompts)}
-        pairs = []
+        truncated = False
         for prompt, text in zip(prompts, said):
             context = starts[prompt]
             rest = tokenize(tokenizer, prompt + text)[len(context) :]
             if not (context and 0 < len(rest) <= window):
                 die(f"{name}: {len(rest)} tokens, should be 1 to {window}: {text!r:.200} after {prompt!r}")
-            pairs.append((context, rest))
-        # One more than the window: the last token is predicted and never read.
-        asked.append([(context[-(window + 1 - len(rest)) :], rest) for context, rest in pairs])
-        truncated = max(len(context + rest) for context, rest in pairs) > window + 1
+            room = window + 1 - len(rest)  # one more than the window: the last token is never read
+            truncated = truncated or len(context) > room
+            pairs.append((context[-room:], rest))
         samples.append({"prompts": [*starts], "continuations": said, "truncated": truncated})
-    found = loglikelihoods(policy, asked, args.batch_size, name)
-    for problem, lls, sample in zip(problems, found, samples):
+    found = iter(loglikelihoods(policy, pairs, args.batch_size, name))
+    for problem, sample in zip(problems, samples):
+        lls = [next(found) for _ in problem["choices"]]
         measured = measure(problem, lls)
         sample |= {"loglikelihoods": lls, "gold": problem["gold"]}
         sample["metrics"] = {metric: measured[metric] for metric in task.counts}
     return samples
 
 
-# ---- 4. What counts of a response: a number, or whether a program passes its tests -------------
+# ---- 4. Scores: a number, or whether a program passes its tests; the judgement of others -------
 
 
 def find(pattern, which, text):
@@ -384,8 +381,7 @@ leave(0)
 def passes(program, seconds=3.0):
     """Does a program come to its end without an exception? In 3 s, as in code_eval, and 1 s for Python.
 
-    Not a sandbox: it may use the network, read your files and this process's environment, stop this
-    process, or do as RUNNER does and say that it passed. Run it in a container.
+    Not a sandbox: it may use the network, read your files, or do as RUNNER does and say that it passed.
     """
     secret = secrets.token_bytes(16)
     task = json.dumps([program, seconds]).encode() + b"\n"
@@ -422,9 +418,6 @@ def score_programs(task, problems, responses):
             score["passed"] = [future.result() for future in score["passed"]]
             score["metrics"] = {f"pass@1,{name}": fmean(score["passed"])}
     return scores
-
-
-# ---- 5. The judgement of others: a reward model; FastChat's judge of MT-Bench ------------------
 
 
 @torch.no_grad()
@@ -481,12 +474,12 @@ def answer_mt_bench(name, task, problems, shots, policy, args):
         answer = {"question_id": problem["id"], "answer_id": secrets.token_hex(11)}
         answer |= {"model_id": Path(args.answers).stem, "choices": [{"index": 0, "turns": responses}]}
         lines.append(json.dumps(answer | {"tstamp": time.time()}) + "\n")
-    write(Path(args.answers), "".join(lines))
+    Path(args.answers).write_text("".join(lines), encoding="utf-8")
     print(f"{name}: {len(lines)} answers in {args.answers}")
     return samples
 
 
-# ---- 6. Data: as gsil.py and irft.py read it, the same text ------------------------------------
+# ---- 5. Data: as gsil.py and irft.py read it, the same text ------------------------------------
 
 # Columns of the prompt and of the response: of these pairs the first that a row has filled. Without
 # a prompt's column the other one is a conversation, whose last assistant turn is imitated.
@@ -620,7 +613,7 @@ class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFo
         return super()._get_help_string(action) if shown else action.help
 
 
-# ---- 7. Tasks ----------------------------------------------------------------------------------
+# ---- 6. Tasks ----------------------------------------------------------------------------------
 
 
 class Row(dict):
@@ -669,15 +662,15 @@ def read_answer(row, graded=True):
     return {"turns": turns, "response": response["content"].strip(), "gold": gold}
 
 
-def read_gsm8k(row, before="Question: ", after="\nAnswer:"):
-    """gsm8k/gsm8k.yaml, gsm8k/gsm8k-cot-zeroshot.yaml"""
+def read_gsm8k(
+    row, before="Question: ", after="\nAnswer:"
+):  # gsm8k/gsm8k.yaml, gsm8k/gsm8k-cot-zeroshot.yaml
     question, answer = before + row["question"] + after, row["answer"]
     need(re.search(r"#### +[^\n]*\w", answer), "should end in '#### ' and the right value")
     return {"question": question, "target": answer, "gold": normalize(answer)}
 
 
-def read_humaneval(row, instruct=False):
-    """humaneval/humaneval.yaml, humaneval/humaneval_instruct.yaml"""
+def read_humaneval(row, instruct=False):  # humaneval/humaneval.yaml, humaneval/humaneval_instruct.yaml
     code, test, name = row["prompt"], row["test"], row["entry_point"]
     need(f"def {name}(" in code, "should be defined in prompt")
     problem = {"question": code, "code": code, "gold": f"{test}\ncheck({name})"}
@@ -696,15 +689,13 @@ def choosing(question, choices, gold):
     return problem | {"question": question, "target": choices[gold]}
 
 
-def read_arc(row):
-    """arc/arc_easy.yaml"""
+def read_arc(row):  # arc/arc_easy.yaml
     question, choices = "Question: " + row["question"] + "\nAnswer:", row["choices"]
     need(len(choices["label"]) == len(choices["text"]), "should have as many labels as texts")
     return choosing(question, choices["text"], choices["label"].index(row["answerKey"]))
 
 
-def read_hellaswag(row):
-    """hellaswag/utils.py"""
+def read_hellaswag(row):  # hellaswag/utils.py
 
     def clean(text):  # of WikiHow's marks, [title] and the like; a double blank becomes one, once
         return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
@@ -715,8 +706,7 @@ def read_hellaswag(row):
     return choosing(question, choices, int(row["label"]))
 
 
-def read_winogrande(row):
-    """winogrande/preprocess_winogrande.py: prompts differ; what is scored, the rest, does not."""
+def read_winogrande(row):  # winogrande/preprocess_winogrande.py
     before, _, rest = row["sentence"].partition("_")
     need(rest.strip(), "should have a _ where the option goes, and a text behind it")
     questions = [before + row[option] for option in ("option1", "option2")]
@@ -738,8 +728,7 @@ TRUTHFULQA_EXAMPLES = (
 )
 
 
-def read_truthfulqa(row, targets):
-    """truthfulqa/truthfulqa_mc1.yaml, truthfulqa/utils.py"""
+def read_truthfulqa(row, targets):  # truthfulqa/truthfulqa_mc1.yaml, truthfulqa/utils.py
     question = TRUTHFULQA_EXAMPLES + "Q: " + row["question"] + "\nA:"
     choices, labels = row[targets]["choices"], row[targets]["labels"]
     need(len(labels) == len(choices), "should have as many labels as choices")
@@ -767,8 +756,7 @@ SUBJECTS = {
 }
 
 
-def read_mmlu(row):
-    """mmlu/default/_default_template_yaml"""
+def read_mmlu(row):  # mmlu/default/_default_template_yaml
     subject, choices, question = row["subject"], row["choices"], row["question"].strip()
     groups = [group for group, names in SUBJECTS.items() if row["subject"] in names.split()]
     need(groups, "should be one of MMLU's 57")
@@ -802,10 +790,7 @@ CODE = replace(CODE, max_new_tokens=1024, stop=CODE_STOP)
 ARC = Task(read_arc, ("allenai/ai2_arc", "ARC-Easy"), BOTH, choose, shots=None)
 SWAG = Task(read_hellaswag, ("Rowan/hellaswag",), BOTH, choose, splits=VALIDATION, shots=None, draw="others")
 WINO = replace(SWAG, read=read_winogrande, data=("allenai/winogrande", "winogrande_xl"), counts=ACC)
-TRUTH = Task(
-    partial(read_truthfulqa, targets="mc1_targets"), ("truthfulqa/truthful_qa", "multiple_choice"), ACC
-)
-TRUTH = replace(TRUTH, run=choose, splits=VALIDATION)
+TRUTH = Task(read_truthfulqa, ("truthfulqa/truthful_qa", "multiple_choice"), ACC, choose, splits=VALIDATION)
 MMLU = Task(read_mmlu, ("cais/mmlu", "all"), ACC, choose, splits=("test", "dev"), shots=None, draw="first")
 TASKS = {
     "answers": Task(read_answer, (), LINE, score=score_answers, reduce=final_answer, always_chat=True),
@@ -817,7 +802,7 @@ TASKS = {
     "arc_challenge": replace(ARC, data=("allenai/ai2_arc", "ARC-Challenge")),
     "hellaswag": SWAG,
     "winogrande": WINO,
-    "truthfulqa_mc1": TRUTH,
+    "truthfulqa_mc1": replace(TRUTH, read=partial(read_truthfulqa, targets="mc1_targets")),
     "truthfulqa_mc2": replace(TRUTH, read=partial(read_truthfulqa, targets="mc2_targets")),
     "mmlu": MMLU,
     "reward": Task(partial(read_answer, graded=False), ("Anthropic/hh-rlhf",), {}, always_chat=True),
@@ -825,15 +810,15 @@ TASKS = {
 }
 
 
-# ---- 8. The whole evaluation -------------------------------------------------------------------
+# ---- 7. The whole evaluation -------------------------------------------------------------------
 
 
 def main(args):
     """Read, ask, score, print, write; returns what --out holds."""
     # What is wrong with files or the other models should show before this one has answered.
-    if args.out:
-        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-        open(args.out, "a", encoding="utf-8").close()
+    for file in filter(None, (args.out, args.answers)):
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
+        open(file, "a", encoding="utf-8").close()
     if args.allow_code_execution:
         print("warning: runs what the model writes, not in a sandbox; use a container without network")
     data = {name: read_task(name, TASKS[name], args) for name in args.tasks}
@@ -854,7 +839,7 @@ def main(args):
     if "reward" in data:
         judge(outcome, data["reward"][0], reward_model, args)
     if args.out:
-        write(Path(args.out), json.dumps(outcome, indent=2) + "\n")
+        Path(args.out).write_text(json.dumps(outcome, indent=2) + "\n", encoding="utf-8")
     return outcome
 
 
@@ -890,8 +875,7 @@ def read_split(name, task, split, args):
             problems.append({"row": row} | task.read(row))
         except (*UNUSABLE, IndexError) as error:
             column = getattr(row, "column", "")
-            cell = row.get(column, row) if isinstance(row, dict) else row
-            unusable.append(f"{place}: {column} {error}; found {cell!r:.200}")
+            unusable.append(f"{place}: {column} {error}; found {row!r:.400}")
     if len(unusable) > (len(problems) / 9 if name == "answers" else 0):
         die(unusable[0])
     if unusable:
@@ -904,10 +888,7 @@ def find_rows(name, task, split, args):
     if name not in args.data:
         import datasets  # slow to import, and files do not need it
 
-        try:
-            rows = datasets.load_dataset(*task.data, split=split)
-        except (OSError, ValueError) as error:
-            die(f"{task.data[0]}: {str(error).splitlines()[0]}; --data {name}=PATH reads local files")
+        rows = datasets.load_dataset(*task.data, split=split)
         return [(f"{task.data[0]} row {n}", row) for n, row in enumerate(rows, 1)]
     path = Path(args.data[name])
     if not path.is_dir() and split == task.splits[0]:
@@ -951,10 +932,8 @@ def evaluate(path, data, args):
 
 
 def summarize(*parts):
-    """Means over all samples, their standard errors, None if there is none, and the CAUSES counted.
-
-    The error is from the variances within each part, as lm_eval has it for MMLU's subjects.
-    """
+    """Means over samples, the CAUSES counted, standard errors: from the variances within each part, as
+    lm_eval has it for MMLU's subjects, None for a part of one."""
     samples = [sample for part in parts for sample in part]
     n = len(samples)
     summary = {"n": n} | {key: sum(sample.get(key, 0) for sample in samples) for key in CAUSES}
@@ -972,11 +951,9 @@ def summarize(*parts):
 def compare(ours, theirs):
     """Values of a metric by problem -> mean difference, half its 95 % interval, McNemar's exact p.
 
-    p: of the problems that one model alone gets right, how likely would a fair coin split them as
-    unevenly? None unless all values are 0 or 1.
+    p: how likely would a fair coin split the problems that one model alone gets right as unevenly?
     """
-    # Problems are hard or easy for both models; in a difference that cancels.
-    differences = [a - b for a, b in zip(ours, theirs)]
+    differences = [a - b for a, b in zip(ours, theirs)]  # in them cancels how hard a problem is
     n, width, p = len(differences), None, None
     if n > 1:
         width = 1.96 * stdev(differences) / math.sqrt(n)
@@ -995,8 +972,7 @@ def print_results(outcome):
             error = result[metric.replace(",", "_stderr,")]
             width = error and 1.96 * error
             rows.append([f"{name},{metric}", result[metric], width, result["n"], result["shots"]])
-    if rows:  # mt_bench has none
-        print_table([outcome["model"], "value", "±", "n", "shots"], rows)
+    print_table([outcome["model"], "value", "±", "n", "shots"], rows)
     for name, result in outcome["results"].items():
         for key in [key for key in CAUSES if result[key] and name in TASKS]:
             print(f"{name}: {result[key]} {CAUSES[key]}")
@@ -1007,9 +983,9 @@ def print_differences(outcome, other):
     other["differences"], rows = {}, []
     for name, samples in outcome["samples"].items():
         for metric in samples[0]["metrics"]:
-            ours = [sample["metrics"][metric] for sample in samples]
-            theirs = [sample["metrics"][metric] for sample in other["samples"][name]]
-            found = other["differences"][f"{name},{metric}"] = compare(ours, theirs)
+            sides = [samples, other["samples"][name]]
+            values = [[sample["metrics"][metric] for sample in side] for side in sides]
+            found = other["differences"][f"{name},{metric}"] = compare(*values)
             difference, width, p = found.values()
             tiny = p is not None and p < 0.001
             rows.append([f"{name},{metric}", difference, width, "<0.001" if tiny else p])
@@ -1027,7 +1003,7 @@ def print_table(head, rows):
         print(f"{first:{wide}}" + "".join(f"{cell:>10}" for cell in cells))
 
 
-# ---- 9. Models and files -----------------------------------------------------------------------
+# ---- 8. Models and files -----------------------------------------------------------------------
 
 # window: as many tokens as prompt and response may have together; goes_on: see cache_goes_on
 Policy = namedtuple("Policy", "model tokenizer window goes_on")
@@ -1061,9 +1037,8 @@ def find_window(config, tokenizer):
     if rope.get("rope_type") == "longrope":  # beyond it, numbers depend on a batch's other rows
         return rope["original_max_position_embeddings"]
     names = ("n_positions", "max_position_embeddings", "n_ctx")
-    windows = [getattr(config, name, None) for name in names]
-    windows += [tokenizer.model_max_length] if tokenizer.model_max_length < 1e29 else []
-    return next(filter(None, windows), None)
+    windows = [getattr(config, name, None) for name in names] + [tokenizer.model_max_length]
+    return next((window for window in windows if window and window < 1e29), None)
 
 
 def load_model(kind, path, args):
@@ -1085,14 +1060,6 @@ def load_model(kind, path, args):
     if args.device not in ("auto", "cpu", best):
         die(f"--device {args.device}: there is none here, the best is {best}")
     return model.eval().to(best if args.device == "auto" else args.device), tokenizer
-
-
-def write(file, text):
-    """The file is there whole or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = file.with_name(file.name + ".partial")
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, file)
 
 
 def chunks(items, size):

@@ -80,16 +80,15 @@ def test_responses_in_batches_are_those_of_each_prompt_alone(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_loglikelihoods_in_batches_are_those_of_each_text_alone(kind):
     """Choices go on from the cache of their context, or come with pads behind them: neither may leak."""
-    policy, rng, problems = build(kind), random.Random(0), []
+    policy, rng, pairs = build(kind), random.Random(0), []
     for n in (3, 20, 40):
         context = rng.choices(range(3, 250), k=n)
-        problems.append([(context, rng.choices(range(3, 250), k=k)) for k in (1, 5, 3)])
-    for choices, found in zip(problems, ev.loglikelihoods(policy, problems, 9), strict=True):
-        for (context, rest), value in zip(choices, found, strict=True):
-            with torch.no_grad():
-                logps = policy.model(torch.tensor([context + rest])).logits[0].log_softmax(-1)
-            expected = sum(logps[len(context) + t - 1, token].item() for t, token in enumerate(rest))
-            assert value == pytest.approx(expected, rel=1e-4)  # sums of float32 in another order
+        pairs += [(context, rng.choices(range(3, 250), k=k)) for k in (1, 5, 3)]
+    for (context, rest), value in zip(pairs, ev.loglikelihoods(policy, pairs, 9), strict=True):
+        with torch.no_grad():
+            logps = policy.model(torch.tensor([context + rest])).logits[0].log_softmax(-1)
+        expected = sum(logps[len(context) + t - 1, token].item() for t, token in enumerate(rest))
+        assert value == pytest.approx(expected, rel=1e-4)  # sums of float32 in another order
 
 
 def test_one_context_is_read_once():
@@ -97,9 +96,9 @@ def test_one_context_is_read_once():
     policy, passes = policy_of(tiny_model()), []
     policy.model.register_forward_pre_hook(lambda _, inputs: passes.append(inputs[0].shape))
     context = list(range(10, 60))
-    ev.loglikelihoods(policy, [[(context, [letter]) for letter in (5, 6, 7, 8)]], 1)
+    ev.loglikelihoods(policy, [(context, [letter]) for letter in (5, 6, 7, 8)], 1)
     assert passes == [(1, 50)]
-    ev.loglikelihoods(policy, [[(context, [5, 6, 7]), (context, [5, 6]), (context, [9, 8, 7, 6])]], 1)
+    ev.loglikelihoods(policy, [(context, [5, 6, 7]), (context, [5, 6]), (context, [9, 8, 7, 6])], 1)
     assert passes[1:] == [(1, 50), (3, 3)]
 
 
@@ -142,7 +141,7 @@ def test_what_may_explain_a_result_is_counted(models, capsys):
 @pytest.mark.parametrize("short", [0, 1])
 def test_truncation_is_counted_from_the_first_token_on(short, monkeypatch):
     """A count that starts a token late hides that the beginning of a prompt was never read."""
-    monkeypatch.setattr(ev, "loglikelihoods", lambda policy, problems, *_: [[0.0, 0.0]])
+    monkeypatch.setattr(ev, "loglikelihoods", lambda *_: [0.0, 0.0])
     args = ev.parse_args(["--tasks", "arc_easy"])
     policy = policy_of(tiny_model(), byte_tokenizer(), len("Question: Which?\nAnswer: b") - 1 - short)
     (sample,) = ev.choose("arc_easy", ev.TASKS["arc_easy"], [ev.read_arc(ARC_ROW)], [[]], policy, args)

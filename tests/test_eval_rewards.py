@@ -114,7 +114,7 @@ def test_mt_bench_writes_what_fastchat_reads(tmp_path, capsys):
     for answer in answers:
         assert answer["model_id"] == "toy" and [*answer["choices"][0]] == ["index", "turns"]
         assert len(answer["choices"][0]["turns"]) == 2 and {"answer_id", "tstamp"} < {*answer}
-    fails(capsys, flags, "--answers", "not there yet")
+    fails(capsys, flags, "--answers", "overwritten")
 
 
 def test_mt_bench_asks_with_its_own_first_answer(tmp_path, monkeypatch):
