@@ -66,7 +66,7 @@ def parse_args(argv=None):
     flag("--seed", type=int, default=0, help="of the samples; they depend on --batch-size, too")
     flag("--reward-model", metavar="MODEL", help="task reward: a classifier with one label")
     flag("--allow-code-execution", action="store_true", help="run what the model writes")
-    flag("--batch-size", type=int, default=16, help="prompts at a time: more is faster, less fits")
+    flag("--batch-size", type=int, default=16, help="responses at a time: more is faster, less fits")
     flag("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto", help="as saved")
     flag("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto", help="the first there is")
     flag("--out", help="JSON file for settings, versions, results and every sample")
@@ -246,7 +246,7 @@ def respond(name, task, problems, shots, policy, args):
 
 
 @torch.no_grad()
-def loglikelihoods(policy, pairs, batch_size, name=""):
+def loglikelihoods(policy, pairs, name=""):
     """log p(continuation | context) in nats: [(ids, ids)] -> floats.
 
     A context that choices have in common is read once; their continuations go on from its cache. Other
@@ -257,29 +257,19 @@ def loglikelihoods(policy, pairs, batch_size, name=""):
     for i, (context, rest) in enumerate(pairs):
         first = context if policy.goes_on else context + rest[:-1]
         readers.setdefault(tuple(first), []).append(i)
-    parts = sorted(readers.items(), key=lambda part: -len(part[0]))  # longest first, as in generate
-    size = max(1, batch_size // max(map(len, readers.values())))
     values = [0.0] * len(pairs)
-    for some in tqdm(chunks(parts, size), desc=name, leave=False, disable=None):
-        contexts = [context for context, _ in some]
-        asked = [i for _, those in some for i in those]
-        owner = [b for b, (_, those) in enumerate(some) for _ in those]  # a row for each pair: B become C
+    for first, asked in tqdm(readers.items(), desc=name, leave=False, disable=None):
         rests = [pairs[i][1] for i in asked]
         longest = max(map(len, rests))
-        ids = pad(contexts, "left", model.device)  # (B, P)
-        mask = pad([[1] * len(context) for context in contexts], "left", model.device)  # (B, P)
-        where = (mask.cumsum(1) - 1).clamp(min=0)  # pads do not count
         keep = 1 if policy.goes_on else longest
-        out = model(ids, attention_mask=mask, position_ids=where, use_cache=True, logits_to_keep=keep)
-        logits = out.logits[owner]  # (C, keep, V)
+        ids = torch.tensor([first], device=model.device)  # (1, P)
+        out = model(ids, use_cache=True, logits_to_keep=keep)
+        logits = out.logits.expand(len(rests), -1, -1)  # (C, keep, V)
         if policy.goes_on and longest > 1:
-            ids = pad([rest[:-1] for rest in rests], "right", model.device)  # (C, R)
-            new = pad([[1] * (len(rest) - 1) for rest in rests], "right", model.device)  # (C, R)
-            mask = torch.cat([mask[owner], new], 1)  # (C, P + R)
-            where = (mask.cumsum(1) - 1)[:, -ids.shape[1] :]  # (C, R)
             cache = out.past_key_values
-            cache.reorder_cache(torch.tensor(owner, device=model.device))
-            more = model(ids, attention_mask=mask, position_ids=where, past_key_values=cache)
+            cache.batch_repeat_interleave(len(rests))
+            ids = pad([rest[:-1] for rest in rests], "right", model.device)  # (C, R)
+            more = model(ids, past_key_values=cache)  # no mask: pads come behind all that is scored
             logits = torch.cat([logits, more.logits], 1)  # at t they predict token t of the rest
         logps = no_nan(logits.log_softmax(-1), name)  # in the model's dtype, as in lm_eval
         for i, rest, row in zip(asked, rests, logps):
@@ -319,7 +309,7 @@ def choose(name, task, problems, shots, policy, args):
             truncated = truncated or len(context) > room
             pairs.append((context[-room:], rest))
         samples.append({"prompts": [*starts], "continuations": said, "truncated": truncated})
-    found = iter(loglikelihoods(policy, pairs, args.batch_size, name))
+    found = iter(loglikelihoods(policy, pairs, name))
     for problem, sample in zip(problems, samples):
         lls = [next(found) for _ in problem["choices"]]
         measured = measure(problem, lls)
@@ -655,11 +645,10 @@ class Task:
 
 def read_answer(row, graded=True):
     """A row in any format that gsil.py trains on."""
-    *messages, response = to_messages(dict(row))
-    turns = [(message["role"], message["content"]) for message in messages]
-    gold = final_answer(response["content"])
+    *turns, (_, response) = [(message["role"], message["content"]) for message in to_messages(dict(row))]
+    gold = final_answer(response)
     need(gold or not graded, "the response should end in '#### ' and the right value")
-    return {"turns": turns, "response": response["content"].strip(), "gold": gold}
+    return {"turns": turns, "response": response.strip(), "gold": gold}
 
 
 def read_gsm8k(
@@ -757,12 +746,12 @@ SUBJECTS = {
 
 
 def read_mmlu(row):  # mmlu/default/_default_template_yaml
-    subject, choices, question = row["subject"], row["choices"], row["question"].strip()
-    groups = [group for group, names in SUBJECTS.items() if row["subject"] in names.split()]
+    subject = row["subject"]
+    groups = [group for group, names in SUBJECTS.items() if subject in names.split()]
     need(groups, "should be one of MMLU's 57")
     about = f"multiple choice questions (with answers) about {subject.replace('_', ' ')}"
     need(len(row["choices"]) == 4, "should be four texts")
-    question += "\nA. {}\nB. {}\nC. {}\nD. {}\nAnswer:".format(*choices)
+    question = row["question"].strip() + "\nA. {}\nB. {}\nC. {}\nD. {}\nAnswer:".format(*row["choices"])
     problem = choosing(question, [*"ABCD"], int(row["answer"]))
     problem |= {"description": f"The following are {about}.\n\n", "subject": subject}
     return problem | {"groups": ["mmlu", f"mmlu_{groups[0]}", f"mmlu_{subject}"]}
@@ -810,7 +799,7 @@ TASKS = {
 }
 
 
-# ---- 7. The whole evaluation -------------------------------------------------------------------
+# ---- 7. The whole evaluation, and the models ---------------------------------------------------
 
 
 def main(args):
@@ -1003,8 +992,6 @@ def print_table(head, rows):
         print(f"{first:{wide}}" + "".join(f"{cell:>10}" for cell in cells))
 
 
-# ---- 8. Models and files -----------------------------------------------------------------------
-
 # window: as many tokens as prompt and response may have together; goes_on: see cache_goes_on
 Policy = namedtuple("Policy", "model tokenizer window goes_on")
 
@@ -1015,9 +1002,8 @@ def load_policy(path, args):
     window = find_window(model.config, tokenizer)
     # A BOS in front changes every score, so it is said.
     begin = tokenizer.bos_token if tokenizer("a").input_ids[0] == tokenizer.bos_token_id else "no BOS token"
-    size = sum(weight.numel() for weight in model.parameters())
-    print(f"model {path}: {size:,} parameters, {str(model.dtype)[6:]}, {model.device}; ", end="")
-    print(f"prompts begin with {begin}; window {window or '2048, as none is given'}")
+    about = f"{model.num_parameters():,} parameters, {str(model.dtype)[6:]}, {model.device}"
+    print(f"model {path}: {about}; prompts begin with {begin}; window {window or '2048, as none is given'}")
     return Policy(model, tokenizer, window or 2048, cache_goes_on(model))
 
 

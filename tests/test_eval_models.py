@@ -7,16 +7,7 @@ import pytest
 import torch
 import transformers
 from conftest import byte_tokenizer, tiny_model
-from eval_tools import (
-    ARC_ROW,
-    GSM_ROW,
-    fails,
-    flags_of,
-    oracle,
-    policy_of,
-    run,
-    write_jsonl,
-)
+from eval_tools import ARC_ROW, GSM_ROW, fails, flags_of, oracle, policy_of, run, write_jsonl
 
 import eval as ev
 
@@ -84,7 +75,7 @@ def test_loglikelihoods_in_batches_are_those_of_each_text_alone(kind):
     for n in (3, 20, 40):
         context = rng.choices(range(3, 250), k=n)
         pairs += [(context, rng.choices(range(3, 250), k=k)) for k in (1, 5, 3)]
-    for (context, rest), value in zip(pairs, ev.loglikelihoods(policy, pairs, 9), strict=True):
+    for (context, rest), value in zip(pairs, ev.loglikelihoods(policy, pairs), strict=True):
         with torch.no_grad():
             logps = policy.model(torch.tensor([context + rest])).logits[0].log_softmax(-1)
         expected = sum(logps[len(context) + t - 1, token].item() for t, token in enumerate(rest))
@@ -96,9 +87,9 @@ def test_one_context_is_read_once():
     policy, passes = policy_of(tiny_model()), []
     policy.model.register_forward_pre_hook(lambda _, inputs: passes.append(inputs[0].shape))
     context = list(range(10, 60))
-    ev.loglikelihoods(policy, [(context, [letter]) for letter in (5, 6, 7, 8)], 1)
+    ev.loglikelihoods(policy, [(context, [letter]) for letter in (5, 6, 7, 8)])
     assert passes == [(1, 50)]
-    ev.loglikelihoods(policy, [(context, [5, 6, 7]), (context, [5, 6]), (context, [9, 8, 7, 6])], 1)
+    ev.loglikelihoods(policy, [(context, [5, 6, 7]), (context, [5, 6]), (context, [9, 8, 7, 6])])
     assert passes[1:] == [(1, 50), (3, 3)]
 
 

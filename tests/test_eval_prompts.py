@@ -12,11 +12,7 @@ import gsil
 def test_examples_are_drawn_from_one_stream():
     """lm_eval draws for problem after problem: seeding anew for each would give all of them the same."""
     drawn = ev.draw_shots(range(7473), 5, [None] * 3)
-    assert drawn == [
-        [6374, 3610, 957, 61, 742],
-        [7462, 6610, 4769, 286, 5501],
-        [5677, 687, 806, 6279, 2905],
-    ]
+    assert drawn == [[6374, 3610, 957, 61, 742], [7462, 6610, 4769, 286, 5501], [5677, 687, 806, 6279, 2905]]
     assert ev.draw_shots(range(7473), 5, [None] * 2) == drawn[:2]
     assert ev.draw_shots([], 0, [None] * 2) == [[], []]
 
