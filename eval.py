@@ -169,7 +169,7 @@ def tokenize(tokenizer, prompt, special=True):
 def generate(policy, prompts, stop, max_new_tokens, temperature, batch_size, name=""):
     """Prompts, lists of ids -> (text up to the first stop, was it cut by max_new_tokens?) for each.
 
-    By transformers' generate: penalties and EOS tokens of the generation config belong to the model here.
+    By transformers' generate: penalties and EOS tokens in the generation config are the model's own.
     """
     model, tokenizer = policy.model, policy.tokenizer
     config = model.generation_config
@@ -421,7 +421,7 @@ def rewards(model, tokenizer, pairs):
         if not both.startswith(prompt):
             die("--reward-model: its chat template changes the prompt once it is answered")
         said = both[len(prompt) :].split(tokenizer.eos_token)[0] + tokenizer.eos_token
-        ids = torch.tensor([tokenize(tokenizer, prompt + said, special=False)], device=model.device)  # (1, T)
+        ids = pad([tokenize(tokenizer, prompt + said, special=False)], "right", model.device)  # (1, T)
         found.append(no_nan(model(ids).logits, "reward").item())
     return found
 
@@ -1003,16 +1003,16 @@ def load_policy(path, args):
     # A BOS in front changes every score, so it is said.
     begin = tokenizer.bos_token if tokenizer("a").input_ids[0] == tokenizer.bos_token_id else "no BOS token"
     about = f"{model.num_parameters():,} parameters, {str(model.dtype)[6:]}, {model.device}"
-    print(f"model {path}: {about}; prompts begin with {begin}; window {window or '2048, as none is given'}")
+    print(f"model {path}: {about}; window {window or '2048, as none is given'}; prompts begin with {begin}")
     return Policy(model, tokenizer, window or 2048, cache_goes_on(model))
 
 
 def cache_goes_on(model):
-    """Can several tokens at once go on from its cache? Tried on two tokens; without a cache: no model for us."""
+    """Can several tokens at once go on from its cache? Tried on two tokens; a cache there must be."""
     with torch.no_grad():
         cache = getattr(model(torch.tensor([[0, 0]], device=model.device)), "past_key_values", None)
     if type(cache).__name__ != "DynamicCache":
-        die(f"{model.name_or_path}: {model.config.model_type} keeps no cache as models with attention do")
+        die(f"{model.name_or_path}: {model.config.model_type} keeps no cache as attention does")
     return {type(layer).__name__ for layer in cache.layers} <= {"DynamicLayer", "DynamicSlidingWindowLayer"}
 
 
