@@ -369,7 +369,7 @@ leave(0)
 
 
 def passes(program, seconds=3.0):
-    """Does a program come to its end without an exception? In 3 s, as in code_eval, and 1 s for Python.
+    """Does a program end without an exception? In 3 s, as in code_eval, and 1 s to start Python.
 
     Not a sandbox: it may use the network, read your files, or do as RUNNER does and say that it passed.
     """
@@ -412,7 +412,7 @@ def score_programs(task, problems, responses):
 
 @torch.no_grad()
 def rewards(model, tokenizer, pairs):
-    """[(turns, response)] -> [reward], read where irft.py fits it: at the response's EOS, in the chat."""
+    """[(turns, response)] -> [reward], read where irft.py fits it: at the EOS of the response."""
     model.config.get_text_config().pad_token_id = None  # it may be EOS, which would not be read
     found = []
     for turns, response in tqdm(pairs, "rewards", leave=False, disable=None):  # one by one: no pads
@@ -921,7 +921,7 @@ def evaluate(path, data, args):
 
 
 def summarize(*parts):
-    """Means over samples, the CAUSES counted, standard errors: from the variances within each part, as
+    """Means over samples, CAUSES counted, standard errors: from the variances within each part, as
     lm_eval has it for MMLU's subjects, None for a part of one."""
     samples = [sample for part in parts for sample in part]
     n = len(samples)
