@@ -39,7 +39,7 @@ def write_jsonl(path, rows):
 
 def policy_of(model, tokenizer=None, window=256):
     """What load_policy makes of a folder, of a model in memory."""
-    return ev.Policy(model, tokenizer, window, ev.cache_kinds(model))
+    return ev.Policy(model, tokenizer, window, ev.cache_goes_on(model))
 
 
 def flags_of(case, models, batch=1):

@@ -6,9 +6,12 @@ import os
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 
 import pytest
-from eval_tools import ARC_ROW, BASE, GSM_ROW, fails, oracle, run, write_jsonl
+from conftest import ROOT
+from eval_tools import ARC_ROW, BASE, GSM_ROW, fails, oracle, write_jsonl
 
 import eval as ev
 import gsil
@@ -37,18 +40,19 @@ def truth_row(kind, labels):
         ("answers", [{"text": "1+1?"}], ["line 1", "text", "question + answer"]),
         ("humaneval", [{"prompt": CODE, "test": ""}], ["line 1", "entry_point"]),
         ("humaneval", [CODE_ROW | {"entry_point": "triple"}], ["line 1", "entry_point", "triple"]),
-        ("arc_easy", [ARC_ROW, ARC_ROW | {"answerKey": "C"}], ["line 2", "answerKey", "label", "'C'"]),
+        ("arc_easy", [ARC_ROW, ARC_ROW | {"answerKey": "C"}], ["line 2", "answerKey", "'C'"]),
         ("arc_easy", [ARC_ROW | {"choices": ["a", "b"]}], ["line 1", "choices", "['a', 'b']"]),
         ("arc_easy", [ARC_ROW | {"choices": {"text": ["a", ""], "label": ["A", "B"]}}], ["line 1", "empty"]),
         ("arc_easy", [ARC_ROW | {"choices": {"text": ["a"], "label": ["A", "B"]}}], ["line 1", "choices"]),
         ("hellaswag", [SWAG_ROW | {"label": ""}], ["line 1", "label", "''", "validation"]),
         ("hellaswag", [SWAG_ROW | {"endings": ["a", "[step]"]}], ["line 1", "empty"]),
         ("winogrande", [WINO_ROW | {"sentence": "no blank"}], ["line 1", "sentence", "_"]),
+        ("winogrande", [WINO_ROW | {"sentence": "It is _"}], ["line 1", "sentence", "behind it"]),
         ("winogrande", [WINO_ROW | {"answer": ""}], ["line 1", "answer", "1 or 2", "validation"]),
         ("truthfulqa_mc1", [truth_row("mc1", [0, 1])], ["line 1", "mc1_targets", "1, 0, 0"]),
         ("truthfulqa_mc2", [truth_row("mc2", [1, 1])], ["line 1", "mc2_targets", "1 and 0"]),
         ("truthfulqa_mc2", [truth_row("mc2", [1, 0, 1])], ["line 1", "mc2_targets", "as many"]),
-        ("mmlu", [MMLU_ROW | {"answer": 4}], ["line 1", "answer", "0, 1, 2 or 3", "4"]),
+        ("mmlu", [MMLU_ROW | {"answer": 4}], ["line 1", "answer", "index of 4", "4"]),
         ("mmlu", [MMLU_ROW | {"answer": "B"}], ["line 1", "answer", "'B'"]),
         ("mmlu", [MMLU_ROW | {"choices": ["a"]}], ["line 1", "choices", "four"]),
         ("mmlu", [MMLU_ROW | {"subject": "cooking"}], ["line 1", "subject", "cooking"]),
@@ -59,7 +63,7 @@ def truth_row(kind, labels):
 def test_bad_rows(task, rows, says, tmp_path, capsys):
     """lm_eval scores most of these as silent zeros."""
     file = write_jsonl(tmp_path / "test.jsonl", rows)
-    flags = f"--model nowhere --tasks {task} --data {file} --shots 0 --allow-code-execution"
+    flags = f"--model nowhere --tasks {task} --data {file} --shots 0 --allow-code-execution --answers {file}0"
     fails(capsys, flags, "error: ", *says)
 
 
@@ -83,9 +87,7 @@ def test_one_bad_row_in_ten_is_left_out_of_answers(tmp_path, capsys):
         ("--data nowhere.jsonl", ["nowhere.jsonl", "no such file"]),
         ("--limit 0", ["--limit", "0"]),
         ("--temperature nan", ["--temperature nan"]),
-        ("--tasks gsm8k --shots x", ["--shots x", "TASK=NUMBER"]),
         ("--tasks gsm8k --shots -1", ["--shots -1"]),
-        ("--tasks gsm8k --shots mmlu=5", ["mmlu", "--tasks gsm8k"]),
         ("--samp 2", ["--samp"]),
         ("--samples 2", ["--temperature"]),
         ("--tasks humaneval", ["--allow-code-execution"]),
@@ -93,8 +95,8 @@ def test_one_bad_row_in_ten_is_left_out_of_answers(tmp_path, capsys):
         ("--model nowhere", ["nowhere"]),
         ("--compare nowhere", ["nowhere"]),
         ("--tasks reward --data reward=x", ["--reward-model"]),
-        ("--tasks mt_bench", ["question.jsonl"]),
-        ("--tasks mt_bench --data mt_bench=x --compare y", ["--compare"]),
+        ("--tasks mt_bench --data x", ["--answers"]),
+        ("--tasks mt_bench --data x --answers y --compare z", ["--compare"]),
     ],
 )
 def test_bad_flags(flags, says, capsys):
@@ -124,26 +126,13 @@ def test_models_that_cannot_be_read(name, tmp_path, capsys):
     fails(capsys, f"--model {tmp_path}/model --limit 1", says)
 
 
-@pytest.mark.parametrize("out", ["", "/file.jsonl/x.json", "/file.jsonl/x/y.json"])
-def test_where_nothing_can_be_written(out, tmp_path, capsys):
+def test_where_nothing_can_be_written(tmp_path):
     """Said at once, not when all answers are there and would be lost."""
-    write_jsonl(tmp_path / "file.jsonl", [GSM_ROW])
-    with pytest.raises(SystemExit) as stop:
-        ev.run_safely(ev.main, ev.parse_args(f"--limit 1 --out {tmp_path}{out}".split()))
-    said = capsys.readouterr()
-    assert stop.value.code == 2 and said.err.startswith("error: ") and str(tmp_path) in said.err
-    assert "parameters" not in said.out  # before a model was loaded
-
-
-def test_ctrl_c_is_one_sentence(capsys):
-    """A traceback for wanting to stop teaches nobody anything."""
-
-    def stopped(args):
-        raise KeyboardInterrupt
-
-    with pytest.raises(SystemExit) as stop:
-        ev.run_safely(stopped, None)
-    assert stop.value.code == 130 and capsys.readouterr().err.startswith("error: stopped")
+    file = write_jsonl(tmp_path / "file.jsonl", [GSM_ROW])
+    command = [sys.executable, f"{ROOT}/eval.py", "--limit", "1", "--out", f"{file}/x.json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and str(tmp_path) in done.stderr
+    assert "parameters" not in done.stdout  # before a model was loaded
 
 
 def test_too_few_rows_for_the_examples(tmp_path, capsys):
@@ -156,14 +145,6 @@ def test_too_few_rows_for_the_examples(tmp_path, capsys):
     fails(capsys, mmlu, "abstract_algebra", "5 rows", "9 worked examples")
     (tmp_path / "train.jsonl").rename(tmp_path / "training.jsonl")
     fails(capsys, flags, str(tmp_path), "train.", "--shots 0")
-
-
-def test_winogrande_that_ends_in_the_blank(tmp_path, capsys):
-    """lm_eval scores one blank there without a word."""
-    row = write_jsonl(tmp_path / "x.jsonl", [WINO_ROW | {"sentence": "It is _"}])
-    with pytest.raises(SystemExit):
-        run(f"--tasks winogrande --model nowhere --data {row}")
-    assert "nothing follows the _ in 1 sentences" in capsys.readouterr().out
 
 
 def test_files_as_people_have_them(tmp_path):
@@ -194,7 +175,7 @@ def test_files_that_cannot_be_read(content, tmp_path, capsys):
 def test_commands_of_the_docstring_parse():
     """A command that does not run is the first thing a newcomer meets."""
     found = re.findall(r"^    python eval.py(.*)$", ev.__doc__, re.MULTILINE)
-    assert len(found) == 4
+    assert len(found) == 3
     for flags in found:
         ev.parse_args(shlex.split(flags.split("#")[0]))
 

@@ -12,29 +12,20 @@ import gsil
 def test_examples_are_drawn_from_one_stream():
     """lm_eval draws for problem after problem: seeding anew for each would give all of them the same."""
     drawn = ev.draw_shots(range(7473), 5, [None] * 3)
-    assert drawn == [
-        [6374, 3610, 957, 61, 742],
-        [7462, 6610, 4769, 286, 5501],
-        [5677, 687, 806, 6279, 2905],
-    ]
+    assert drawn == [[6374, 3610, 957, 61, 742], [7462, 6610, 4769, 286, 5501], [5677, 687, 806, 6279, 2905]]
     assert ev.draw_shots(range(7473), 5, [None] * 2) == drawn[:2]
     assert ev.draw_shots([], 0, [None] * 2) == [[], []]
 
 
-def test_shots_by_task():
-    """Each task its own number, as leaderboards ask; truthfulqa has none whatever is asked, gsm8k's own is 5."""
-    shots = {"arc_challenge": 25, "hellaswag": 10, "winogrande": 5, "mmlu": 5, "truthfulqa_mc2": 3}
-    flags = [
-        "--tasks",
-        ",".join([*shots, "gsm8k"]),
-        "--shots",
-        ",".join(f"{k}={n}" for k, n in shots.items()),
-    ]
-    for task in (*shots, "gsm8k"):
+def test_shots():
+    """What is asked, except where lm_eval's task has none; if nothing is asked, five for gsm8k alone."""
+    tasks = ["arc_challenge", "hellaswag", "truthfulqa_mc2", "gsm8k"]
+    flags = ["--tasks", ",".join(tasks)]
+    for task in tasks:
         flags += ["--data", f"{task}={oracle.ROWS / task.split('_')[0]}"]
-    args = ev.parse_args(flags)
-    found = {task: len(ev.read_task(task, ev.TASKS[task], args)[1][0]) for task in args.tasks}
-    assert found == shots | {"gsm8k": 5, "truthfulqa_mc2": 0}
+    for more, expected in (["--shots", "3"], [3, 3, 0, 3]), ([], [0, 0, 0, 5]):
+        args = ev.parse_args(flags + more)
+        assert [len(ev.read_task(task, ev.TASKS[task], args)[1][0]) for task in tasks] == expected
 
 
 def test_plain_prompt_is_what_its_docstring_shows():
@@ -81,7 +72,9 @@ def test_answers_reads_what_training_reads():
     """Any of the formats, up to the last turn of the assistant; one row in ten may be unusable."""
     turns = [("system", "Short."), ("user", "1+1?")]
     messages = [{"role": role, "content": text} for role, text in [*turns, ("assistant", "#### 2")]]
-    assert ev.read_answer({"messages": messages}) == {"turns": turns, "gold": "2"}
-    assert ev.read_answer({"instruction": "1+1?", "output": "####\t$2."}) == {"turns": turns[1:], "gold": "2"}
+    expected = {"turns": turns, "response": "#### 2", "gold": "2"}
+    assert ev.read_answer({"messages": messages}) == expected
+    short = ev.read_answer({"instruction": "1+1?", "output": "####\t$2."})
+    assert (short["turns"], short["gold"]) == (turns[1:], "2")
     hh = {"chosen": "\n\nHuman: 1+1? \n\nAssistant: #### 2", "rejected": "x"}
     assert ev.read_answer(hh)["turns"] == turns[1:]

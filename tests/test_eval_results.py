@@ -24,14 +24,14 @@ def test_a_measure_of_choices_by_hand():
     assert ev.measure(equal | {"labels": [0, 1]}, [-2.0, -2.0])["acc,none"] == 0.5
 
 
-def test_mmlu_by_hand():
-    """Two subjects, 1/2 and 4/4 right: 5/6 over questions, 3/4 over subjects; the error from within them."""
+def test_summary_by_hand():
+    """Two subjects, 1/2 and 4/4 right: 5/6 over all questions; the error from within the subjects."""
     scored = [{"truncated": False, "metrics": {"acc,none": float(right)}} for right in (1, 0, 1, 1, 1, 1)]
-    results = ev.mmlu_results(["anatomy"] * 2 + ["marketing"] * 4, scored)
-    assert results["mmlu"]["acc,none"] == pytest.approx(5 / 6) and results["mmlu"]["acc,unweighted"] == 0.75
-    assert results["mmlu"]["acc_stderr,none"] == pytest.approx(math.sqrt(0.5 / 4 / 6))
-    assert results["mmlu_stem"]["acc,none"] == results["mmlu_anatomy"]["acc,none"] == 0.5
-    assert results["mmlu_other"]["n"] == 4 and "mmlu_humanities" not in results
+    found = ev.summarize(scored[:2], scored[2:])
+    assert found["acc,none"] == pytest.approx(5 / 6) and found["n"] == 6
+    assert found["acc_stderr,none"] == pytest.approx(math.sqrt(0.5 / 4 / 6))
+    assert ev.summarize(scored[:2])["acc_stderr,none"] == pytest.approx(math.sqrt(0.5 / 2))
+    assert ev.summarize(scored[:1])["acc_stderr,none"] is None
     sizes = {group: len(names.split()) for group, names in ev.SUBJECTS.items()}
     assert sizes == {"stem": 19, "other": 13, "social_sciences": 12, "humanities": 13}
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 from conftest import ROOT, byte_tokenizer, tiny_model
-from eval_tools import BASE, GSM_ROW, fails, run, write_jsonl
+from eval_tools import BASE, fails, run, write_jsonl
 from safetensors.torch import load_file, save_file
 
 import eval as ev
@@ -18,21 +18,11 @@ HH = {"chosen": "\n\nHuman: Hi \n\nAssistant: Hello\n\nHuman: Why?\n\nAssistant:
 TURNS = [("user", "Hi"), ("assistant", "Hello"), ("user", "Why?")]
 
 
-def test_an_hh_transcript_and_its_formats():
-    """The turns are those of the training, in the chat template or as a plain transcript."""
-    problem = ev.read_reward(HH)
+def test_an_hh_transcript():
+    """The turns are those of the training, and asked in the chat template."""
+    problem = ev.read_answer(HH, graded=False)
     assert problem["turns"] == TURNS and problem["response"] == "So."
-    assert problem["question"] == "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: Why?\n\nAssistant:"
-    assert ev.read_reward({"prompt": "Why?", "response": "So. "})["response"] == "So."
-    assert ev.read_reward({"prompt": "Why?"}) == {
-        "turns": TURNS[2:],
-        "question": "\n\nHuman: Why?\n\nAssistant:",
-        "response": None,
-    }
-    tokenizer = byte_tokenizer()
-    ids = ev.reward_ids(tokenizer, TURNS[2:], "So.")  # the template's newline behind EOS is cut
-    assert tokenizer.decode(ids) == "<|user|>\nWhy?</s>\n<|assistant|>\nSo.</s>"
-    assert ev.build_prompt(problem, [], "", tokenizer).endswith(
+    assert ev.build_prompt(problem, [], None, byte_tokenizer()).endswith(
         "<|assistant|>\nHello</s>\n<|user|>\nWhy?</s>\n<|assistant|>\n"
     )
 
@@ -61,7 +51,8 @@ def test_a_reward_is_read_at_the_end_of_the_training_text(pad, tmp_path):
     tokenizer.save_pretrained(tmp_path)
     rows = [row for _, row in list(gsil.read_rows(HELDOUT, ""))[:4]]
     pairs = [([("user", row["question"])], row["answer"]) for row in rows]
-    found = ev.rewards(*ev.load_reward(str(tmp_path), ev.parse_args(["--device", "cpu"])), pairs)
+    args = ev.parse_args(["--device", "cpu"])
+    found = ev.rewards(*ev.load_model("AutoModelForSequenceClassification", tmp_path, args), pairs)
     for row, value in zip(rows, found, strict=True):
         demo = gsil.encode(row, tokenizer, {tokenizer.eos_token_id})
         hidden = model.model(
@@ -85,7 +76,7 @@ def test_models_that_cannot_be_a_reward(how, template, says, tmp_path, capsys):
     fails(capsys, f"--tasks reward --data {HELDOUT} --reward-model {tmp_path} --model nowhere", says)
 
 
-def test_win_rate(tmp_path, capsys, monkeypatch):
+def test_win_rate(tmp_path, monkeypatch):
     """A tie is not a win; a model against itself ties everywhere; without --compare the data answer."""
     sides = iter([[1.0, 2.0, 0.0], [0.0, 2.0, 4.0]])
     monkeypatch.setattr(ev, "rewards", lambda *_: next(sides))
@@ -101,11 +92,9 @@ def test_win_rate(tmp_path, capsys, monkeypatch):
     tokenizer = transformers.AutoTokenizer.from_pretrained(BASE)
     reward_model(tmp_path, len(tokenizer))
     tokenizer.save_pretrained(tmp_path)
-    flags = f"--tasks reward --reward-model {tmp_path} --chat --limit 6 --max-new-tokens 20 --device cpu "
+    flags = f"--tasks reward --reward-model {tmp_path} --limit 6 --max-new-tokens 20 --device cpu "
     assert run(flags + f"--data {HELDOUT} --compare {BASE}")["duel"]["ties"] == 6
     assert run(flags + f"--data {HELDOUT}")["duel"]["against"] == "the data"
-    row = write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": "Why?"}])
-    fails(capsys, f"--tasks reward --reward-model {tmp_path} --data {row}", "problem 1", "--compare")
 
 
 QUESTIONS = [
@@ -114,31 +103,18 @@ QUESTIONS = [
 ]
 
 
-def test_mt_bench_goes_on_where_it_stopped(tmp_path, capsys):
-    """An interrupted run has spent hours; the file must end up as if it had not been interrupted."""
+def test_mt_bench_writes_what_fastchat_reads(tmp_path, capsys):
+    """A field that its judge misses costs the run; a file that is there could be the demonstrations."""
     questions, file = write_jsonl(tmp_path / "question.jsonl", QUESTIONS), tmp_path / "toy.jsonl"
     flags = f"--tasks mt_bench --data {questions} --max-new-tokens 1 --device cpu --answers {file}"
     assert run(flags)["results"]["mt_bench"]["n"] == 4
     assert "responses were cut at --max-new-tokens" in capsys.readouterr().out
-    whole = [json.loads(line) for line in file.read_text().splitlines()]
-    assert [answer["question_id"] for answer in whole] == [81, 82, 83, 84]
-    for answer in whole:  # the fields that FastChat's judge reads
+    answers = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [answer["question_id"] for answer in answers] == [83, 81, 82, 84]
+    for answer in answers:
         assert answer["model_id"] == "toy" and [*answer["choices"][0]] == ["index", "turns"]
         assert len(answer["choices"][0]["turns"]) == 2 and {"answer_id", "tstamp"} < {*answer}
-    file.write_text("".join(line + "\n" for line in file.read_text().splitlines()[:2]))
-    run(flags)
-    again = [json.loads(line) for line in file.read_text().splitlines()]
-    assert again[:2] == whole[:2]
-    assert [answer["choices"] for answer in again] == [answer["choices"] for answer in whole]
-
-
-def test_a_file_of_something_else_is_not_taken_for_answers(tmp_path, capsys):
-    """--answers goes on where a file ends; the demonstrations, named by mistake, would be overwritten."""
-    other, questions = tmp_path / "demos.jsonl", write_jsonl(tmp_path / "q.jsonl", QUESTIONS[:1])
-    for content in (json.dumps(GSM_ROW), "{oops"):
-        other.write_text(content)
-        fails(capsys, f"--tasks mt_bench --data {questions} --answers {other}", "demos.jsonl line 1")
-        assert other.read_text() == content
+    fails(capsys, flags, "--answers", "overwritten")
 
 
 def test_mt_bench_asks_with_its_own_first_answer(tmp_path, monkeypatch):
