@@ -830,7 +830,9 @@ def main(args):
     if "reward" in data:
         judge(outcome, data["reward"][0], reward_model, args)
     if args.out:
-        Path(args.out).write_text(json.dumps(outcome, indent=2) + "\n", encoding="utf-8")
+        unfinished = Path(f"{args.out}.partial")  # the file is there whole or not at all
+        unfinished.write_text(json.dumps(outcome, indent=2) + "\n", encoding="utf-8")
+        unfinished.replace(args.out)
     return outcome
 
 
@@ -1002,6 +1004,9 @@ def load_policy(path, args):
     """A language model that can be asked; what is said of it."""
     model, tokenizer = load_model("AutoModelForCausalLM", path, args)
     window = find_window(model.config, tokenizer)
+    known = model.get_input_embeddings().num_embeddings
+    if tokenizer.vocab_size > known:
+        die(f"{path}: its tokenizer has {tokenizer.vocab_size} tokens, its model knows {known}")
     # A BOS in front changes every score, so it is said.
     begin = tokenizer.bos_token if tokenizer("a").input_ids[0] == tokenizer.bos_token_id else "no BOS token"
     about = f"{model.num_parameters():,} parameters, {str(model.dtype)[6:]}, {model.device}"
