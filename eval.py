@@ -636,7 +636,7 @@ def read_rows(path, split):
     try:
         if kind in (".jsonl", ".json"):
             content = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf")  # Windows' mark of UTF-8
-            array = content.lstrip().startswith(b"[")  # of all rows, instead of an object on each line
+            array = content.lstrip().startswith(b"[")  # of all rows, not an object on each line
             for n, line in enumerate(json.loads(content) if array else content.split(b"\n"), 1):
                 place = f"{path} {'row' if array else 'line'} {n}"  # not splitlines: a text may hold U+2028
                 if array or line.strip():
@@ -659,10 +659,7 @@ def read_rows(path, split):
 
 
 def to_messages(row):
-    """A row with any of COLUMNS -> messages, {"role", "content"}, the last one by the assistant.
-
-    Raises one of UNUSABLE, in words, if the row lacks something or has more than text.
-    """
+    """A row -> messages, {"role", "content"}, the last by the assistant; else raises UNUSABLE."""
     if not isinstance(row, dict):
         raise TypeError(f"not an object with columns, but {row!r:.60}")
     filled = [name for name, value in row.items() if value is not None]
@@ -712,10 +709,7 @@ def to_message(turn):
 
 
 def final_answer(text):
-    """What follows '####' on its line, as text: '#### $1,234.' -> '1234', '####7.0' -> '7.0'; else None.
-
-    GSM8K's convention. lm_eval's strict filter is narrower: one blank behind '####', no dollar.
-    """
+    """What follows '####' on its line, as in GSM8K: '#### $1,234.' -> '1234', '####7.0' -> '7.0'."""
     found = re.search(r"####[^\S\n]*\$?([^\n]+)", text)
     return found and found[1].replace(",", "").strip().rstrip(".")
 
@@ -742,11 +736,7 @@ def load(kind, path, what, **options):
 
 
 class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """--help prints the docstring as it is, and the defaults where there are any."""
-
-    def _get_help_string(self, action):
-        shown = action.default is not None and action.default is not False
-        return super()._get_help_string(action) if shown else action.help
+    """--help prints the docstring as it is, and every default."""
 
 
 # ---- 7. Tasks ----------------------------------------------------------------------------------
