@@ -671,15 +671,13 @@ def to_messages(row):
     prompt, turns = row.get(before), row[after]
     if before == "instruction" and row.get("input"):
         prompt = f"{prompt}\n\n{row['input']}"
-    if isinstance(turns, str) and before:
-        turns = [{"role": "assistant", "content": turns}]
-    elif isinstance(turns, str):  # Anthropic's HH: "\n\nHuman: ...\n\nAssistant: ..."
+    if isinstance(turns, str) and not before:  # Anthropic's HH: "\n\nHuman: ...\n\nAssistant: ..."
         beginning, *parts = re.split(r"\n\n(Human|Assistant):", turns)
         if beginning.strip():
             raise ValueError(f"a transcript begins with two newlines and Human:, not {turns!r:.40}")
         turns = [{"role": who, "content": text.strip()} for who, text in zip(parts[::2], parts[1::2])]
-    if not isinstance(turns, list):
-        raise TypeError(f"{after} is neither text nor a list of turns, but {turns!r:.60}")
+    elif not isinstance(turns, list):
+        turns = [{"role": "assistant", "content": turns}]
     messages = [to_message(turn) for turn in turns]
     while messages and messages[-1]["role"] != "assistant":
         messages.pop()
@@ -703,7 +701,7 @@ def to_message(turn):
         content = "".join(part["text"] for part in content)
     beyond = [name for name in BEYOND_TEXT if (turn.get(name) or "[]") != "[]"]
     if not isinstance(content, str) or beyond or (role != "system" and not content.strip()):
-        raise ValueError(f"a turn of the role {role} is empty or more than text")
+        raise ValueError(f"a turn of the role {role} is empty or more than text: {content!r:.60}")
     content.encode()  # raises UnicodeEncodeError, a ValueError, for half an emoji
     return {"role": ROLES.get(role, role), "content": content}
 

@@ -248,12 +248,9 @@ def sft_loss(model, demos, mean_length):
 
 
 def update(model, optimizer, batch, loss_of, args):
-    """One optimizer step on the mean of loss_of(model, batch) -> losses (B,), {name: (B,)}; means.
-
-    The batch goes through the model in parts, whose gradients add up to that of the whole mean.
-    """
+    """One optimizer step on a batch's mean loss; returns means. loss_of -> losses (B,), {name: (B,)}."""
     sums = {}
-    for part, count in micro_batches(batch, args.micro_batch):
+    for part, count in micro_batches(batch, args.micro_batch):  # gradients add up
         losses, metrics = loss_of(model, part)
         (losses[:count].sum() * ranks()[1] / len(batch)).backward()  # the ranks' mean is taken later
         for name, values in ({"loss": losses} | metrics).items():
@@ -270,10 +267,7 @@ def update(model, optimizer, batch, loss_of, args):
 
 
 def train(model, rows, loss_of, epochs, args, seed, shift=None, first_loss=None):
-    """Train in place, every row once an epoch; yields the metrics of each step.
-
-    shift: trained as well if it requires a gradient. first_loss: that of policy = reference.
-    """
+    """Train in place, every row once an epoch; yields metrics. first_loss: that of policy = reference."""
     model.eval()  # no dropout, or the first log-ratios would not be 0
     prepare(model, args)
     groups = [{"params": [weight for weight in model.parameters() if weight.requires_grad]}]
@@ -332,10 +326,9 @@ def reward_loss(model, pairs, loss, penalty):
 
 
 def fit_reward(model, pairs, preferences, args, seed):
-    """Fit the reward in place: demonstrations above samples, chosen above rejected; yields metrics.
+    """Fit the reward in place to pairs and preferences, both as self_play makes them; yields metrics.
 
-    pairs: as self_play makes them, and so are preferences, which may be none. Each step draws a
-    batch of both; its loss is the mean over pairs + --preference-weight * the mean over preferences.
+    A step's loss: the mean over a batch of pairs + --preference-weight * that over one of preferences.
     """
     prepare(model, args, sharded=False)
     loss_of = partial(reward_loss, loss=args.reward_loss, penalty=args.reward_penalty)
@@ -369,10 +362,7 @@ def judge(policy, reference, reward_model, prompts, responses, args):
 
 
 def advantages(rewards):
-    """(prompts, samples) -> the same: each reward minus the mean of its prompt's others. Float32.
-
-    The others do not depend on this sample, so the gradient stays unbiased; rows sum to zero.
-    """
+    """(prompts, samples) -> the same: each reward minus the mean of its prompt's others: unbiased."""
     others = (rewards.sum(1, keepdim=True) - rewards) / (rewards.shape[1] - 1)  # (P, S)
     return (rewards - others).detach()
 
@@ -399,12 +389,8 @@ SAMPLED = ("reward", "kl", "objective", "length")  # metrics of sampled response
 
 
 def improve_policy(policy, reference, reward_model, demos, respond, args, seed):
-    """Policy steps on E[reward - kl * log pi/pi_ref] over fresh samples, in place; yields metrics.
-
-    A step takes P = --policy-batch prompts, S = --group-size samples of each. Under torchrun every
-    rank keeps whole models here: to shard what is sampled from at every step would not pay.
-    """
-    prepare(policy, args, sharded=False)
+    """Policy steps on E[reward - kl * log pi/pi_ref] over fresh samples, in place; yields metrics."""
+    prepare(policy, args, sharded=False)  # to shard what is sampled from at every step does not pay
     groups = [{"params": [weight for weight in policy.parameters() if weight.requires_grad]}]
     optimizer, schedule = make_optimizer(groups, args.policy_lr, args.policy_steps, args)
     rng = random.Random(seed)
@@ -524,9 +510,10 @@ def irft_chunk(policy, pairs, name, out, seed, args):
 
 def rft_round(models, pairs, preferences, demos, problems, respond, out, t, seed, args):
     """Algorithm 1, one round: the reward learns from the pairs, then the policy from the reward."""
-    name, last = f"rft {t}", out / f"round_{t - 1}"
     policy, start, eos_ids = models
-    reward_model, reward_tokenizer = load_reward(last / "reward" if t > 1 else start, eos_ids, args)
+    name = f"rft {t}"
+    last = out / f"round_{t - 1}" / "reward"
+    reward_model, reward_tokenizer = load_reward(last if t > 1 else start, eos_ids, args)
     reward_model.to(policy.device)
     if args.reward_pairs == "all":
         for k in range(1, t):
@@ -605,8 +592,7 @@ def main(args):
     policy = load_model(args.model, args)
     if args.lora_rank and not linear_layers(policy):
         die(f"--lora-rank: {args.model} has no linear layers in its blocks")
-    size = sum(weight.numel() for weight in policy.parameters())
-    print(f"model   {args.model}: {size:,} parameters on {policy.device.type}, {ranks()[1]} process(es)")
+    print(f"model   {args.model}: {policy.num_parameters():,} parameters, {ranks()[1]} x {policy.device}")
     out, rows = open_folder(args)  # rows of the table, by name: a resumed run may have some
     respond = partial(sample, eos_ids=eos_ids, max_new_tokens=max_new_tokens, batch_size=args.sample_batch)
     report = partial(evaluate, out, rows, tokenizer, eos_ids, dev, heldout, respond, args)
@@ -724,15 +710,13 @@ def to_messages(row):
     prompt, turns = row.get(before), row[after]
     if before == "instruction" and row.get("input"):
         prompt = f"{prompt}\n\n{row['input']}"
-    if isinstance(turns, str) and before:
-        turns = [{"role": "assistant", "content": turns}]
-    elif isinstance(turns, str):  # Anthropic's HH: "\n\nHuman: ...\n\nAssistant: ..."
+    if isinstance(turns, str) and not before:  # Anthropic's HH: "\n\nHuman: ...\n\nAssistant: ..."
         beginning, *parts = re.split(r"\n\n(Human|Assistant):", turns)
         if beginning.strip():
             raise ValueError(f"a transcript begins with two newlines and Human:, not {turns!r:.40}")
         turns = [{"role": who, "content": text.strip()} for who, text in zip(parts[::2], parts[1::2])]
-    if not isinstance(turns, list):
-        raise TypeError(f"{after} is neither text nor a list of turns, but {turns!r:.60}")
+    elif not isinstance(turns, list):
+        turns = [{"role": "assistant", "content": turns}]
     messages = [to_message(turn) for turn in turns]
     while messages and messages[-1]["role"] != "assistant":
         messages.pop()
@@ -756,7 +740,7 @@ def to_message(turn):
         content = "".join(part["text"] for part in content)
     beyond = [name for name in BEYOND_TEXT if (turn.get(name) or "[]") != "[]"]
     if not isinstance(content, str) or beyond or (role != "system" and not content.strip()):
-        raise ValueError(f"a turn of the role {role} is empty or more than text")
+        raise ValueError(f"a turn of the role {role} is empty or more than text: {content!r:.60}")
     content.encode()  # raises UnicodeEncodeError, a ValueError, for half an emoji
     return {"role": ROLES.get(role, role), "content": content}
 
@@ -775,15 +759,14 @@ def encode(row, tokenizer, eos_ids):
     to_ids = partial(tokenizer.encode, add_special_tokens=False)
     if eos_ids & {*to_ids(response)}:
         raise ValueError("there is an EOS token in its text, where the response would end")
-    # One text is encoded, then cut: some tokenizers encode the start of a text in another way.
     prompt_ids = to_ids(prompt)
-    ids = to_ids(text)
+    ids = to_ids(text)  # of both, then cut: some tokenizers encode the start of a text in another way
     if ids[: len(prompt_ids)] != prompt_ids:  # a token spans the cut
         ids = prompt_ids + to_ids(text[len(prompt) :])
     real_ids = ids[len(prompt_ids) :] + [tokenizer.eos_token_id]
     end = next(i for i, token in enumerate(real_ids) if token in eos_ids)  # the template may go on
-    demo = {"prompt": prompt, "response": response, "prompt_ids": prompt_ids}
-    return demo | {"real_ids": real_ids[: end + 1], "answer": final_answer(response)}
+    ids = {"prompt_ids": prompt_ids, "real_ids": real_ids[: end + 1]}
+    return {"prompt": prompt, "response": response, **ids, "answer": final_answer(response)}
 
 
 def read_demos(path, split, make):
@@ -817,7 +800,7 @@ def read_data(config, tokenizer, eos_ids, args):
     longest = max((demo["prompt_ids"] for demo in everything), key=len)
     room = window(config) - len(longest)
     if room < (args.max_new_tokens or 1):
-        place = f"window of {window(config)} after the prompt that begins {tokenizer.decode(longest)!r:.50}"
+        place = f"window of {window(config)} behind the prompt that begins {tokenizer.decode(longest)!r:.50}"
         die(f"--max-new-tokens: {max(0, room)} fit the model's {place}")
     max_new_tokens = args.max_new_tokens or min(256, room)
     unknown = {tokenizer.unk_token_id} - {None, *eos_ids}
@@ -963,7 +946,8 @@ def summarize(out, rows):
 
 def saved_args(args, parser):
     """The flags of the run that --resume names; of those given now only --rounds may be larger."""
-    saved = [*read_json_lines(Path(args.resume) / "args.json"), {}][0]
+    found = read_json_lines(Path(args.resume) / "args.json")
+    saved = found[0] if found else {}
     if {*saved} != {*vars(args)}:
         parser.error(f"--resume {args.resume}: not the folder of a run of this script and version")
     if args != parser.parse_args([f"--resume={args.resume}", f"--rounds={args.rounds}"]):
@@ -976,7 +960,7 @@ def open_folder(args):
     """The run's folder, and the rows of the table that a resumed run has: {name: record}."""
     out = Path(args.out)
     finished = {"base", *(folder.name.removeprefix("round_") for folder in out.glob("round_*"))}
-    records = read_json_lines(out / "metrics.jsonl")  # what is unfinished happens again, and SFT
+    records = read_json_lines(out / "metrics.jsonl")  # unfinished phases and SFT happen again
     records = [record for record in records if record["phase"].split()[-1] in finished]
     gather(None)  # nobody writes before all have looked
     write(out / "args.json", [vars(args)])
@@ -1060,12 +1044,12 @@ def load_tokenizer(args):
     return config, tokenizer, eos_ids
 
 
-# fp32 weights, not from pickles, which can run any code
+# not from pickles, which can run any code
 WEIGHTS = {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}
 
 
 def load_model(path, args):
-    """A causal language model, in evaluation mode, that sample and response_logps can use."""
+    """A causal language model with fp32 weights that sample and response_logps can use."""
     best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     device = best if args.device == "auto" else args.device
     if device not in (best, "cpu"):
@@ -1085,9 +1069,8 @@ def load_model(path, args):
 
 def batches(lengths, max_items=math.inf, max_tokens=math.inf):
     """Items by similar length, for little padding: [3, 9, 2], 2 items -> their indices [[2, 0], [1]]."""
-    found = []
+    found = []  # padded, a batch stays within max_tokens, unless it is a single item
     for i in sorted(range(len(lengths)), key=lengths.__getitem__):
-        # padded, a batch stays within max_tokens, unless it is a single item
         if found and len(found[-1]) < max_items and (len(found[-1]) + 1) * lengths[i] <= max_tokens:
             found[-1].append(i)
         else:
@@ -1107,7 +1090,7 @@ def autocast(model):
 
 def make_optimizer(groups, lr, steps, args):
     """AdamW or RMSprop, without weight decay; its schedule: up in --warmup steps, down to 0."""
-    kind = {"adamw": torch.optim.AdamW, "rmsprop": torch.optim.RMSprop}[args.optimizer]
+    kind = torch.optim.AdamW if args.optimizer == "adamw" else torch.optim.RMSprop
     optimizer = kind(groups, lr=lr, weight_decay=0)
     return optimizer, get_scheduler("linear", optimizer, args.warmup, steps)
 

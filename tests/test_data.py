@@ -126,7 +126,7 @@ UNUSABLE = {  # row -> what the sentence says of it
     "no object": (3, ["columns", "3"]),
     "null": ({"prompt": "a", "response": None}, ["found prompt"]),
     "blank": ({"prompt": "a", "response": " "}, ["assistant is empty"]),
-    "a number": ({"question": "a", "answer": 4}, ["answer is neither text nor"]),
+    "a number": ({"question": "a", "answer": 4}, ["assistant is empty or more than text: 4"]),
     "no assistant": ({"messages": [user("a")]}, ["messages", "response"]),
     "nobody asked": ({"messages": [assistant("a")]}, ["messages", "prompt"]),
     "messages of text": ({"messages": ["a", "b"]}, ["role and content"]),
