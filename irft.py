@@ -1037,8 +1037,9 @@ def load_tokenizer(args):
             die(f"--prompt-template {args.prompt_template!r}: no {{prompt}}, where the prompt goes")
         if tokenizer.bos_token and tokenizer("a").input_ids[0] == tokenizer.bos_token_id:
             text = tokenizer.bos_token + text
-        text = text.replace("{prompt}", "{{ messages[0].content }}")
-        tokenizer.chat_template = text + "{{ messages[1].content if messages[1:] }}"
+        parts = [json.dumps(part, ensure_ascii=False) for part in text.split("{prompt}")]  # literals
+        begin = "{{ " + " ~ messages[0].content ~ ".join(parts) + " }}"
+        tokenizer.chat_template = begin + "{{ messages[1].content if messages[1:] }}"
     if not tokenizer.chat_template:
         die(f"{args.model}: its tokenizer has no chat template; give a --prompt-template")
     return config, tokenizer, eos_ids
