@@ -492,7 +492,7 @@ def read_rows(path, split):
     try:
         if kind in (".jsonl", ".json"):
             content = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf")  # Windows' mark of UTF-8
-            array = content.lstrip().startswith(b"[")  # of all rows, instead of an object on each line
+            array = content.lstrip().startswith(b"[")  # of all rows, not an object on each line
             for n, line in enumerate(json.loads(content) if array else content.split(b"\n"), 1):
                 place = f"{path} {'row' if array else 'line'} {n}"  # not splitlines: a text may hold U+2028
                 if array or line.strip():
@@ -515,10 +515,7 @@ def read_rows(path, split):
 
 
 def to_messages(row):
-    """A row with any of COLUMNS -> messages, {"role", "content"}, the last one by the assistant.
-
-    Raises one of UNUSABLE, in words, if the row lacks something or has more than text.
-    """
+    """A row -> messages, {"role", "content"}, the last by the assistant; else raises UNUSABLE."""
     if not isinstance(row, dict):
         raise TypeError(f"not an object with columns, but {row!r:.60}")
     filled = [name for name, value in row.items() if value is not None]
@@ -530,15 +527,13 @@ def to_messages(row):
     prompt, turns = row.get(before), row[after]
     if before == "instruction" and row.get("input"):
         prompt = f"{prompt}\n\n{row['input']}"
-    if isinstance(turns, str) and before:
-        turns = [{"role": "assistant", "content": turns}]
-    elif isinstance(turns, str):  # Anthropic's HH: "\n\nHuman: ...\n\nAssistant: ..."
+    if isinstance(turns, str) and not before:  # Anthropic's HH: "\n\nHuman: ...\n\nAssistant: ..."
         beginning, *parts = re.split(r"\n\n(Human|Assistant):", turns)
         if beginning.strip():
             raise ValueError(f"a transcript begins with two newlines and Human:, not {turns!r:.40}")
         turns = [{"role": who, "content": text.strip()} for who, text in zip(parts[::2], parts[1::2])]
-    if not isinstance(turns, list):
-        raise TypeError(f"{after} is neither text nor a list of turns, but {turns!r:.60}")
+    elif not isinstance(turns, list):
+        turns = [{"role": "assistant", "content": turns}]
     messages = [to_message(turn) for turn in turns]
     while messages and messages[-1]["role"] != "assistant":
         messages.pop()
@@ -562,16 +557,13 @@ def to_message(turn):
         content = "".join(part["text"] for part in content)
     beyond = [name for name in BEYOND_TEXT if (turn.get(name) or "[]") != "[]"]
     if not isinstance(content, str) or beyond or (role != "system" and not content.strip()):
-        raise ValueError(f"a turn of the role {role} is empty or more than text")
+        raise ValueError(f"a turn of the role {role} is empty or more than text: {content!r:.60}")
     content.encode()  # raises UnicodeEncodeError, a ValueError, for half an emoji
     return {"role": ROLES.get(role, role), "content": content}
 
 
 def final_answer(text):
-    """What follows '####' on its line, as text: '#### $1,234.' -> '1234', '####7.0' -> '7.0'; else None.
-
-    GSM8K's convention. lm_eval's strict filter is narrower: one blank behind '####', no dollar.
-    """
+    """What follows '####' on its line, as in GSM8K: '#### $1,234.' -> '1234', '####7.0' -> '7.0'."""
     found = re.search(r"####[^\S\n]*\$?([^\n]+)", text)
     return found and found[1].replace(",", "").strip().rstrip(".")
 
@@ -598,11 +590,7 @@ def load(kind, path, what, **options):
 
 
 class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """--help prints the docstring as it is, and the defaults where there are any."""
-
-    def _get_help_string(self, action):
-        shown = action.default is not None and action.default is not False
-        return super()._get_help_string(action) if shown else action.help
+    """--help prints the docstring as it is, and every default."""
 
 
 # ---- 6. Tasks ----------------------------------------------------------------------------------

@@ -46,16 +46,10 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    GenerationConfig,
-    get_scheduler,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, get_scheduler
 from transformers.cache_utils import DynamicCache
 from transformers.distributed import gather_full_state_dict
+from transformers.models.auto import AutoModelForSequenceClassification
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as hf_logging
 
@@ -200,8 +194,8 @@ def response_logps(model, texts):
     """
     ids = pad([prompt + response for prompt, response in texts], "right", model.device)  # (B, T)
     mask = pad([[0] * len(x) + [1] * len(y) for x, y in texts], "right", model.device)  # (B, T)
-    width = ids.shape[1] - min(len(prompt) for prompt, _ in texts)  # R: the last R columns hold all
-    with autocast(model):  # responses, so lm_head runs only there
+    width = ids.shape[1] - min(len(prompt) for prompt, _ in texts)  # R: responses are in the last R
+    with autocast(model):  # columns, so lm_head runs only there
         out = model(input_ids=ids, use_cache=False, logits_to_keep=width + 1)
     logits = out.logits[:, :-1].float().transpose(1, 2)  # (B, V, R), which predict
     ids, mask = ids[:, -width:], mask[:, -width:]  # (B, R)
@@ -256,13 +250,9 @@ def sft_loss(model, demos, mean_length):
 
 
 def update(model, optimizer, batch, loss_of, args):
-    """One optimizer step on the mean loss of a batch; returns mean metrics of the batch, floats.
-
-    loss_of(model, rows) -> losses (B,), {name: (B,)}. The batch goes through the model in parts of
-    similar length, --micro-batch tokens each, whose gradients add up to that of the whole mean.
-    """
+    """One optimizer step on a batch's mean loss; returns means. loss_of -> losses (B,), {name: (B,)}."""
     sums = {}
-    for part, count in micro_batches(batch, args.micro_batch):
+    for part, count in micro_batches(batch, args.micro_batch):  # gradients add up
         losses, metrics = loss_of(model, part)
         (losses[:count].sum() * ranks()[1] / len(batch)).backward()  # the ranks' mean is taken later
         for name, values in ({"loss": losses} | metrics).items():
@@ -279,11 +269,7 @@ def update(model, optimizer, batch, loss_of, args):
 
 
 def train(model, rows, loss_of, epochs, args, seed, shift=None, first_loss=None):
-    """Train in place, every row once an epoch; yields the metrics of each step.
-
-    shift: trained as well if it requires a gradient. first_loss: what the first loss must be, where
-    policy and reference are one model; if it is not, one of them is wrong, and the run stops.
-    """
+    """Train in place, every row once an epoch; yields metrics. first_loss: that of policy = reference."""
     model.eval()  # no dropout, or the first log-ratios would not be 0
     prepare(model, args)
     groups = [{"params": [weight for weight in model.parameters() if weight.requires_grad]}]
@@ -311,10 +297,7 @@ def train(model, rows, loss_of, epochs, args, seed, shift=None, first_loss=None)
 
 
 def reward(model, texts):
-    """r(x, y) at the response's last token: [(prompt ids, response ids)] -> (B,) float32.
-
-    Padding is on the right and attention is causal, as in response_logps: the pads change nothing.
-    """
+    """r(x, y) at y's last token, where no pad is seen: [(prompt ids, response ids)] -> (B,) float32."""
     ids = pad([prompt + response for prompt, response in texts], "right", model.device)  # (B, T)
     last = torch.tensor([len(x) + len(y) - 1 for x, y in texts], device=model.device)  # (B,)
     with autocast(model):
@@ -345,10 +328,9 @@ def reward_loss(model, pairs, loss, penalty):
 
 
 def fit_reward(model, pairs, preferences, args, seed):
-    """Fit the reward in place: demonstrations above samples, chosen above rejected; yields metrics.
+    """Fit the reward in place to pairs and preferences, both as self_play makes them; yields metrics.
 
-    pairs: as self_play makes them, and so are preferences, which may be none. Each step draws a
-    batch of both; its loss is the mean over pairs + --preference-weight * the mean over preferences.
+    A step's loss: the mean over a batch of pairs + --preference-weight * that over one of preferences.
     """
     prepare(model, args, sharded=False)
     loss_of = partial(reward_loss, loss=args.reward_loss, penalty=args.reward_penalty)
@@ -382,10 +364,7 @@ def judge(policy, reference, reward_model, prompts, responses, args):
 
 
 def advantages(rewards):
-    """(prompts, samples) -> the same: each reward minus the mean of its prompt's others. Float32.
-
-    The others do not depend on this sample, so the gradient stays unbiased; rows sum to zero.
-    """
+    """(prompts, samples) -> the same: each reward minus the mean of its prompt's others: unbiased."""
     others = (rewards.sum(1, keepdim=True) - rewards) / (rewards.shape[1] - 1)  # (P, S)
     return (rewards - others).detach()
 
@@ -394,10 +373,7 @@ CLIP_RATIO = 0.2  # PPO's epsilon
 
 
 def clipped_loss(logps, sampled_logps, gains):
-    """PPO's clipped objective of whole responses, its negative: (B,) each -> (B,); gains are advantages.
-
-    Where logps = sampled_logps the ratio is 1 and the gradient REINFORCE's: -gain * grad log pi.
-    """
+    """PPO's objective of whole responses, negative: (B,) each -> (B,). At ratio 1 REINFORCE's gradient."""
     ratio = (logps - sampled_logps.detach()).exp()
     gains = gains.detach()
     return -torch.min(ratio * gains, ratio.clamp(1 - CLIP_RATIO, 1 + CLIP_RATIO) * gains)
@@ -415,12 +391,8 @@ SAMPLED = ("reward", "kl", "objective", "length")  # metrics of sampled response
 
 
 def improve_policy(policy, reference, reward_model, demos, respond, args, seed):
-    """Policy steps on E[reward - kl * log pi/pi_ref] over fresh samples, in place; yields metrics.
-
-    A step takes P = --policy-batch prompts, S = --group-size samples of each. Under torchrun every
-    rank keeps whole models here: to shard what is sampled from at every step would not pay.
-    """
-    prepare(policy, args, sharded=False)
+    """Policy steps on E[reward - kl * log pi/pi_ref] over fresh samples, in place; yields metrics."""
+    prepare(policy, args, sharded=False)  # to shard what is sampled from at every step does not pay
     groups = [{"params": [weight for weight in policy.parameters() if weight.requires_grad]}]
     optimizer, schedule = make_optimizer(groups, args.policy_lr, args.policy_steps, args)
     rng = random.Random(seed)
@@ -438,8 +410,7 @@ def improve_policy(policy, reference, reward_model, demos, respond, args, seed):
         for _ in range(args.ppo_epochs):  # from the second on the samples are not its own
             metrics = update(policy, optimizer, rows, policy_loss, args)
         metrics["policy_loss"] = metrics.pop("loss")  # 0 at first: nothing to watch
-        place = {"step": step, "steps": args.policy_steps}
-        yield place | metrics | {"seconds": time.time() - began}
+        yield {"step": step, "steps": args.policy_steps, **metrics, "seconds": time.time() - began}
         schedule.step()
 
 
@@ -488,7 +459,7 @@ class LoRA(torch.nn.Module):
 
 def linear_layers(model):
     """[(name, module)] in the model's blocks: all linear layers, fused ones and Conv1D among them."""
-    modules = layers_of(model).named_modules()
+    modules = model.get_decoder().named_modules()
     return [(name, module) for name, module in modules if isinstance(module, (torch.nn.Linear, Conv1D))]
 
 
@@ -497,14 +468,14 @@ def add_lora(model, rank, seed):
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(random.Random(f"{seed} lora").getrandbits(60))
     for name, module in linear_layers(model):
-        layers_of(model).set_submodule(name, LoRA(module, rank, generator))
+        model.get_decoder().set_submodule(name, LoRA(module, rank, generator))
 
 
 def merge_lora(model):
     """In place: W + alpha/rank B A takes the place of W, A and B, and can be trained again."""
-    for name, module in list(layers_of(model).named_modules()):
+    for name, module in list(model.get_decoder().named_modules()):
         if isinstance(module, LoRA):
-            layers_of(model).set_submodule(name, module.merged())
+            model.get_decoder().set_submodule(name, module.merged())
     model.requires_grad_(True)
 
 
@@ -512,7 +483,7 @@ def merge_lora(model):
 
 
 def self_play(policy, demos, respond, tokenizer, seed, folder, args):
-    """The pairs of a round: each demonstration, a fresh response of the policy, log pi_t of both."""
+    """The pairs of a round: each demonstration, a response of the policy, log pi_t of both."""
     file = folder.with_name(folder.name + ".partial") / "generated.jsonl"
     if file.exists():  # of a run that was interrupted while it trained on them
         return read_json_lines(file)
@@ -534,17 +505,17 @@ def self_play(policy, demos, respond, tokenizer, seed, folder, args):
 def irft_chunk(policy, pairs, name, out, seed, args):
     """Algorithm 2, one chunk: the policy learns to tell its demonstrations from its own samples."""
     loss_of = partial(irft_loss, loss=args.loss, scale=args.scale)
-    zero = torch.zeros(())
-    first_loss = LOSSES[args.loss](zero, zero).item()  # d = 0 on both sides
+    first_loss = LOSSES[args.loss](torch.zeros(()), torch.zeros(())).item()  # d = 0 on both sides
     steps = train(policy, pairs, loss_of, args.epochs, args, seed, first_loss=first_loss)
     log_steps(out, name, steps)  # the training happens while its steps are logged
 
 
 def rft_round(models, pairs, preferences, demos, problems, respond, out, t, seed, args):
     """Algorithm 1, one round: the reward learns from the pairs, then the policy from the reward."""
-    name, last = f"rft {t}", out / f"round_{t - 1}"
     policy, start, eos_ids = models
-    reward_model, reward_tokenizer = load_reward(last / "reward" if t > 1 else start, eos_ids, args)
+    name = f"rft {t}"
+    last = out / f"round_{t - 1}" / "reward"
+    reward_model, reward_tokenizer = load_reward(last if t > 1 else start, eos_ids, args)
     reward_model.to(policy.device)
     if args.reward_pairs == "all":
         for k in range(1, t):
@@ -573,9 +544,7 @@ def load_reward(path, eos_ids, args):
     if config.num_labels != 1 and "SequenceClassification" in str(config.architectures):
         needed = "train one with num_labels=1, or name a language model, whose new head is trained here"
         die(f"--reward-model {path}: it has {config.num_labels} labels, a reward is one: {needed}")
-    options = {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}
-    kind = AutoModelForSequenceClassification
-    model, info = load(kind, path, "classifier", num_labels=1, **options)
+    model, info = load(AutoModelForSequenceClassification, path, "classifier", num_labels=1, **WEIGHTS)
     missing = sorted({*info["missing_keys"]} - {"score.weight"})
     if missing or not hasattr(model, "score"):
         die(f"--reward-model {path}: weights are missing: {', '.join(missing) or 'score.weight':.200}")
@@ -625,8 +594,7 @@ def main(args):
     policy = load_model(args.model, args)
     if args.lora_rank and not linear_layers(policy):
         die(f"--lora-rank: {args.model} has no linear layers in its blocks")
-    size = sum(weight.numel() for weight in policy.parameters())
-    print(f"model   {args.model}: {size:,} parameters on {policy.device.type}, {ranks()[1]} process(es)")
+    print(f"model   {args.model}: {policy.num_parameters():,} parameters, {ranks()[1]} x {policy.device}")
     out, rows = open_folder(args)  # rows of the table, by name: a resumed run may have some
     respond = partial(sample, eos_ids=eos_ids, max_new_tokens=max_new_tokens, batch_size=args.sample_batch)
     report = partial(evaluate, out, rows, tokenizer, eos_ids, dev, heldout, respond, args)
@@ -665,24 +633,23 @@ def main(args):
 
 
 def sft_baseline(out, demos, dev, epochs, likelihood, tokenizer, respond, args):
-    """SFT from the same start; out/sft is its best epoch on dev, else the last. Returns seconds."""
-    chosen = "the best on dev" if dev else "the last, as there is no dev,"
-    print(f"\nSFT, for comparison: same start, {epochs} epochs, {chosen} is kept", flush=True)
+    """SFT of the start model; out/sft is its best epoch on dev, else the last. Returns seconds."""
+    print(f"\nSFT, for comparison: same start, {epochs} epochs")
+    print_line(" " * 12, {"loss": 0, "dev_accuracy": 0}, title=True)
     policy = load_model(args.model, args)
     best = -1.0
     records = []
-    print_line(" " * 12, {"loss": 0, "dev_accuracy": 0}, title=True)
     for record in train(policy, demos, likelihood, epochs, args, f"{args.seed} sft"):
         records.append(record)
         if record["step"] * epochs % record["steps"] == 0:  # the end of an epoch
             record["dev_accuracy"], _ = answer(policy, dev, 0, tokenizer, respond, args)
-            kept = record["dev_accuracy"] > best if dev else record["step"] == record["steps"]
+            kept = not dev or record["dev_accuracy"] > best
             if kept:
                 best = record["dev_accuracy"]
                 save_model(policy, tokenizer, out / "sft")
-            loss = fmean(record["loss"] for record in records[-record["steps"] // epochs :])
-            first = f"epoch {record['epoch']:.0f}{' kept' if kept else ''}"
-            print_line(first.ljust(12), {"loss": loss, "dev_accuracy": record["dev_accuracy"]})
+            loss = fmean(one["loss"] for one in records[-record["steps"] // epochs :])
+            first = f"epoch {record['epoch']:.0f}{' kept' if kept else ''}".ljust(12)
+            print_line(first, {"loss": loss, "dev_accuracy": record["dev_accuracy"]})
         log(out, {"phase": "sft", **record})
     return sum(record["seconds"] for record in records)
 
@@ -710,7 +677,7 @@ def read_rows(path, split):
     try:
         if kind in (".jsonl", ".json"):
             content = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf")  # Windows' mark of UTF-8
-            array = content.lstrip().startswith(b"[")  # of all rows, instead of an object on each line
+            array = content.lstrip().startswith(b"[")  # of all rows, not an object on each line
             for n, line in enumerate(json.loads(content) if array else content.split(b"\n"), 1):
                 place = f"{path} {'row' if array else 'line'} {n}"  # not splitlines: a text may hold U+2028
                 if array or line.strip():
@@ -733,10 +700,7 @@ def read_rows(path, split):
 
 
 def to_messages(row):
-    """A row with any of COLUMNS -> messages, {"role", "content"}, the last one by the assistant.
-
-    Raises one of UNUSABLE, in words, if the row lacks something or has more than text.
-    """
+    """A row -> messages, {"role", "content"}, the last by the assistant; else raises UNUSABLE."""
     if not isinstance(row, dict):
         raise TypeError(f"not an object with columns, but {row!r:.60}")
     filled = [name for name, value in row.items() if value is not None]
@@ -748,15 +712,13 @@ def to_messages(row):
     prompt, turns = row.get(before), row[after]
     if before == "instruction" and row.get("input"):
         prompt = f"{prompt}\n\n{row['input']}"
-    if isinstance(turns, str) and before:
-        turns = [{"role": "assistant", "content": turns}]
-    elif isinstance(turns, str):  # Anthropic's HH: "\n\nHuman: ...\n\nAssistant: ..."
+    if isinstance(turns, str) and not before:  # Anthropic's HH: "\n\nHuman: ...\n\nAssistant: ..."
         beginning, *parts = re.split(r"\n\n(Human|Assistant):", turns)
         if beginning.strip():
             raise ValueError(f"a transcript begins with two newlines and Human:, not {turns!r:.40}")
         turns = [{"role": who, "content": text.strip()} for who, text in zip(parts[::2], parts[1::2])]
-    if not isinstance(turns, list):
-        raise TypeError(f"{after} is neither text nor a list of turns, but {turns!r:.60}")
+    elif not isinstance(turns, list):
+        turns = [{"role": "assistant", "content": turns}]
     messages = [to_message(turn) for turn in turns]
     while messages and messages[-1]["role"] != "assistant":
         messages.pop()
@@ -780,37 +742,33 @@ def to_message(turn):
         content = "".join(part["text"] for part in content)
     beyond = [name for name in BEYOND_TEXT if (turn.get(name) or "[]") != "[]"]
     if not isinstance(content, str) or beyond or (role != "system" and not content.strip()):
-        raise ValueError(f"a turn of the role {role} is empty or more than text")
+        raise ValueError(f"a turn of the role {role} is empty or more than text: {content!r:.60}")
     content.encode()  # raises UnicodeEncodeError, a ValueError, for half an emoji
     return {"role": ROLES.get(role, role), "content": content}
 
 
 def encode(row, tokenizer, eos_ids):
-    """A row -> a demonstration: {prompt, response, prompt_ids, real_ids (with EOS), answer or None}.
-
-    Raises one of UNUSABLE, also where chat template or EOS would make another text of the response.
-    """
+    """A row -> {prompt, response, prompt_ids, real_ids (with EOS), answer or None}; raises UNUSABLE."""
     messages = to_messages(row)
+    response = messages[-1]["content"]
     prompt = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
     text = tokenizer.apply_chat_template(messages, tokenize=False)
-    response = messages[-1]["content"]
     if not text.startswith(prompt) or response.strip() not in text[len(prompt) :]:
         raise ValueError("the chat template changes prompt or response; see --prompt-template")
     for message in messages[:-1]:  # from earlier answers it may drop thoughts, as it will in use
         if message["role"] != "assistant" and message["content"].strip() not in prompt:
             raise ValueError(f"the chat template drops a turn of the role {message['role']}")
-    if eos_ids & {*tokenizer(response, add_special_tokens=False).input_ids}:
+    to_ids = partial(tokenizer.encode, add_special_tokens=False)
+    if eos_ids & {*to_ids(response)}:
         raise ValueError("there is an EOS token in its text, where the response would end")
-    # One text is encoded, then cut: some tokenizers treat the start of a text in a way that the
-    # model would not. Only where a token would span the cut is the response encoded alone.
-    prompt_ids = tokenizer(prompt, add_special_tokens=False).input_ids
-    ids = tokenizer(text, add_special_tokens=False).input_ids
-    if ids[: len(prompt_ids)] != prompt_ids:
-        ids = prompt_ids + tokenizer(text[len(prompt) :], add_special_tokens=False).input_ids
-    ids = ids[len(prompt_ids) :] + [tokenizer.eos_token_id]
-    end = next(i for i, token in enumerate(ids) if token in eos_ids)  # the template may go on
-    demo = {"prompt": prompt, "response": response, "prompt_ids": prompt_ids}
-    return demo | {"real_ids": ids[: end + 1], "answer": final_answer(response)}
+    prompt_ids = to_ids(prompt)
+    ids = to_ids(text)  # of both, then cut: some tokenizers encode the start of a text in another way
+    if ids[: len(prompt_ids)] != prompt_ids:  # a token spans the cut
+        ids = prompt_ids + to_ids(text[len(prompt) :])
+    real_ids = ids[len(prompt_ids) :] + [tokenizer.eos_token_id]
+    end = next(i for i, token in enumerate(real_ids) if token in eos_ids)  # the template may go on
+    ids = {"prompt_ids": prompt_ids, "real_ids": real_ids[: end + 1]}
+    return {"prompt": prompt, "response": response, **ids, "answer": final_answer(response)}
 
 
 def read_demos(path, split, make):
@@ -841,20 +799,16 @@ def read_data(config, tokenizer, eos_ids, args):
     vocabulary = config.get_text_config().vocab_size
     if max(max(demo["prompt_ids"] + demo["real_ids"]) for demo in everything) >= vocabulary:
         die(f"{args.model}: its tokenizer makes token ids above the {vocabulary} that its model knows")
-    longest = max(everything, key=lambda demo: len(demo["prompt_ids"]))
-    room = window(config) - len(longest["prompt_ids"])
+    longest = max((demo["prompt_ids"] for demo in everything), key=len)
+    room = window(config) - len(longest)
     if room < (args.max_new_tokens or 1):
-        place = (
-            f"after the prompt of {len(longest['prompt_ids'])} tokens that begins {longest['prompt']!r:.60}"
-        )
-        die(f"--max-new-tokens: {max(0, room)} fit the model's window of {window(config)} {place}")
+        place = f"window of {window(config)} behind the prompt that begins {tokenizer.decode(longest)!r:.50}"
+        die(f"--max-new-tokens: {max(0, room)} fit the model's {place}")
+    max_new_tokens = args.max_new_tokens or min(256, room)
     unknown = {tokenizer.unk_token_id} - {None, *eos_ids}
     lost = sum(not unknown.isdisjoint(demo["prompt_ids"] + demo["real_ids"]) for demo in everything)
     if lost:
         print(f"warning: {lost} rows have words that the tokenizer does not know")
-    max_new_tokens = args.max_new_tokens or min(256, room)
-    if not args.max_new_tokens and room < 256:
-        print(f"--max-new-tokens is {room}: more does not fit the model's window after the longest prompt")
     cut = sum(len(demo["real_ids"]) > max_new_tokens for demo in everything)
     if cut:
         print(f"warning: {cut} responses are cut at --max-new-tokens {max_new_tokens}")
@@ -870,7 +824,8 @@ def read_data(config, tokenizer, eos_ids, args):
     both = {demo["prompt"] for demo in demos} & {problem["prompt"] for problem in dev + heldout}
     if both:
         print(f"warning: {len(both)} prompts of the dev or held-out problems are in {args.data}, too")
-    print(f"data    {len(demos)} demonstrations, {len(dev)} dev, {len(heldout)} held-out problems")
+    counts = f"{len(demos)} demonstrations, {len(dev)} dev, {len(heldout)} held-out problems"
+    print(f"data    {counts}, up to {max_new_tokens} tokens a response")
     return demos, dev, heldout, max_new_tokens
 
 
@@ -887,10 +842,7 @@ def window(config):
 
 
 def final_answer(text):
-    """What follows '####' on its line, as text: '#### $1,234.' -> '1234', '####7.0' -> '7.0'; else None.
-
-    GSM8K's convention. lm_eval's strict filter is narrower: one blank behind '####', no dollar.
-    """
+    """What follows '####' on its line, as in GSM8K: '#### $1,234.' -> '1234', '####7.0' -> '7.0'."""
     found = re.search(r"####[^\S\n]*\$?([^\n]+)", text)
     return found and found[1].replace(",", "").strip().rstrip(".")
 
@@ -900,10 +852,11 @@ def answer(policy, problems, temperature, tokenizer, respond, args):
     prompts = [problem["prompt_ids"] for problem in problems]
     how = {"temperature": temperature, "seed": f"{args.seed} answers"}
     responses = spread(prompts, partial(respond, policy, **how))
+    if not problems or not all(problem["answer"] for problem in problems):
+        return None, responses
     texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
     right = [final_answer(text) == problem["answer"] for text, problem in zip(texts, problems)]
-    checkable = problems and all(problem["answer"] for problem in problems)
-    return fmean(right) if checkable else None, responses
+    return fmean(right), responses
 
 
 def evaluate(out, rows, tokenizer, eos_ids, dev, heldout, respond, args, name, policy, seconds):
@@ -936,24 +889,14 @@ def evaluate(out, rows, tokenizer, eos_ids, dev, heldout, respond, args, name, p
 
 # ---- 10. The run's folder, and what is printed ------------------------------------------------
 
-TITLES = {  # metric -> its title and format; printed in this order
-    "loss": ("loss", ".4f"),
-    "log_ratio_real": ("log-ratio: demo", "+.2f"),
-    "log_ratio_generated": ("own", "+.2f"),
-    "margin": ("margin", "+.2f"),
-    "told_apart": ("told apart", ".0%"),
-    "reward": ("reward", "+.2f"),
-    "kl": ("KL", ".2f"),
-    "objective": ("objective", "+.2f"),
-    "length": ("length", ".1f"),
-    "dev_accuracy": ("dev", ".1%"),
-    "greedy_accuracy": ("greedy", ".1%"),
-    "sampled_accuracy": ("sampled", ".1%"),
-    "heldout_nll": ("NLL/token", ".4f"),
-    "mean_response_tokens": ("length", ".1f"),
-    "eos_share": ("ended", ".0%"),
-    "seconds": ("seconds", ".0f"),
-}
+# metric -> its title and format, in the order of print
+TITLES = {"loss": ("loss", ".4f"), "log_ratio_real": ("log-ratio: demo", "+.2f")}
+TITLES |= {"log_ratio_generated": ("own", "+.2f"), "margin": ("margin", "+.2f")}
+TITLES |= {"told_apart": ("told apart", ".0%"), "reward": ("reward", "+.2f"), "kl": ("KL", ".2f")}
+TITLES |= {"objective": ("objective", "+.2f"), "length": ("length", ".1f"), "dev_accuracy": ("dev", ".1%")}
+TITLES |= {"greedy_accuracy": ("greedy", ".1%"), "sampled_accuracy": ("sampled", ".1%")}
+TITLES |= {"heldout_nll": ("NLL/token", ".4f"), "mean_response_tokens": ("length", ".1f")}
+TITLES |= {"eos_share": ("ended", ".0%"), "seconds": ("seconds", ".0f")}
 
 
 def print_line(first, values, title=False):
@@ -988,7 +931,7 @@ def log_steps(out, phase, steps):
 
 
 def summarize(out, rows):
-    """Print the table; write and return summary.json: its rows, the round best on dev (or last)."""
+    """Print the table; write and return summary.json: its rows, the best round on dev or the last."""
     rounds = [record for name, record in rows.items() if name not in ("base", "sft")]
     best = max(rounds[::-1], key=lambda record: record["dev_accuracy"] or 0, default={"phase": None})
     summary = {"rows": [record["row"] for record in rows.values()], "best": best["phase"]}
@@ -1005,34 +948,31 @@ def summarize(out, rows):
 
 def saved_args(args, parser):
     """The flags of the run that --resume names; of those given now only --rounds may be larger."""
-    file = Path(args.resume) / "args.json"
-    saved = read_json_lines(file)[0] if file.exists() else {}
+    found = read_json_lines(Path(args.resume) / "args.json")
+    saved = found[0] if found else {}
     if {*saved} != {*vars(args)}:
         parser.error(f"--resume {args.resume}: not the folder of a run of this script and version")
-    for name, value in vars(args).items():  # a flag at its default was most likely not given
-        if name not in ("resume", "rounds") and value not in (saved[name], parser.get_default(name)):
-            parser.error(f"--resume goes on with that run's flags; --{name} is {saved[name]} there")
-    saved["rounds"] = max(args.rounds, saved["rounds"])
-    return argparse.Namespace(**saved | {"out": args.resume, "resume": args.resume})
+    if args != parser.parse_args([f"--resume={args.resume}", f"--rounds={args.rounds}"]):
+        parser.error("--resume goes on with that run's flags: give no other but --rounds")
+    changed = {"rounds": max(args.rounds, saved["rounds"]), "out": args.resume, "resume": args.resume}
+    return argparse.Namespace(**saved | changed)
 
 
 def open_folder(args):
     """The run's folder, and the rows of the table that a resumed run has: {name: record}."""
     out = Path(args.out)
-    file = out / "metrics.jsonl"
-    records = read_json_lines(file) if file.exists() else []
-    kept = []  # what an interrupted phase has logged happens again, and so does the SFT baseline
-    for record in records:
-        if record["phase"] == "base" or (out / f"round_{record['phase'].split()[-1]}").exists():
-            kept.append(record)
+    finished = {"base", *(folder.name.removeprefix("round_") for folder in out.glob("round_*"))}
+    records = read_json_lines(out / "metrics.jsonl")  # unfinished phases and SFT happen again
+    records = [record for record in records if record["phase"].split()[-1] in finished]
     gather(None)  # nobody writes before all have looked
     write(out / "args.json", [vars(args)])
-    write(file, kept)
-    return out, {record["phase"]: record for record in kept if "row" in record}
+    write(out / "metrics.jsonl", records)
+    return out, {record["phase"]: record for record in records if "row" in record}
 
 
 def read_json_lines(file):
-    lines = file.read_text(encoding="utf-8").split("\n")[:-1]  # not what a full disk has cut off
+    """[object of each line], without a last line that a full disk has cut off; [] if there is no file."""
+    lines = file.read_text(encoding="utf-8").split("\n")[:-1] if file.exists() else []
     return [json.loads(line) for line in lines]
 
 
@@ -1047,7 +987,7 @@ def write(file, records):
 
 
 def save_model(model, tokenizer, folder):
-    """HF format, written beside its place, where a round's samples are, and renamed when complete."""
+    """HF format, written beside its place, where a round's samples are, and renamed when whole."""
     state = gather_full_state_dict(model) if isinstance(model, FSDPModule) else None
     if ranks()[0] == 0:
         unfinished = folder.with_name(folder.name + ".partial")
@@ -1062,11 +1002,7 @@ def save_model(model, tokenizer, folder):
 
 
 class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """--help prints the docstring as it is, and the defaults where there are any."""
-
-    def _get_help_string(self, action):
-        shown = action.default is not None and action.default is not False
-        return super()._get_help_string(action) if shown else action.help
+    """--help prints the docstring as it is, and every default."""
 
 
 def die(sentence):
@@ -1098,12 +1034,12 @@ def load_tokenizer(args):
         die(f"{args.model}: its tokenizer has no EOS token, so no response could end")
     eos_ids = {tokenizer.eos_token_id, *(listed if isinstance(listed, list) else [listed])} - {None}
     if args.prompt_template:
-        parts = args.prompt_template.replace("\\n", "\n").replace("\\t", "\t").split("{prompt}")
-        if len(parts) == 1:
+        text = args.prompt_template.replace("\\n", "\n").replace("\\t", "\t")
+        if "{prompt}" not in text:
             die(f"--prompt-template {args.prompt_template!r}: no {{prompt}}, where the prompt goes")
         if tokenizer.bos_token and tokenizer("a").input_ids[0] == tokenizer.bos_token_id:
-            parts[0] = tokenizer.bos_token + parts[0]
-        parts = [json.dumps(part, ensure_ascii=False) for part in parts]  # literals of the template
+            text = tokenizer.bos_token + text
+        parts = [json.dumps(part, ensure_ascii=False) for part in text.split("{prompt}")]  # literals
         begin = "{{ " + " ~ messages[0].content ~ ".join(parts) + " }}"
         tokenizer.chat_template = begin + "{{ messages[1].content if messages[1:] }}"
     if not tokenizer.chat_template:
@@ -1111,19 +1047,21 @@ def load_tokenizer(args):
     return config, tokenizer, eos_ids
 
 
+# not from pickles, which can run any code
+WEIGHTS = {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}
+
+
 def load_model(path, args):
-    """A causal language model with fp32 weights, not from pickles, which can run any code."""
+    """A causal language model with fp32 weights that sample and response_logps can use."""
     best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     device = best if args.device == "auto" else args.device
     if device not in (best, "cpu"):
         die(f"--device {device}: there is none here, the best is {best}")
-    options = {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}
-    model, info = load(AutoModelForCausalLM, path, "causal language model", **options)
-    # A weight that is missing would be random without a word, one that is NaN be found much later.
+    model, info = load(AutoModelForCausalLM, path, "causal language model", **WEIGHTS)
     broken = [name for name, weight in model.named_parameters() if not weight.isfinite().all()]
-    if broken or info["missing_keys"]:
-        names = ", ".join([*broken, *sorted(info["missing_keys"])])
-        die(f"{path}: weights that are missing or not finite numbers: {names:.200}")
+    broken += sorted(info["missing_keys"])  # these would be random without a word
+    if broken:
+        die(f"{path}: weights that are missing or not finite numbers: {', '.join(broken):.200}")
     model = model.to(device).eval()
     with torch.no_grad():  # what sample will need, tried on two tokens
         out = model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=model.device), use_cache=True)
@@ -1133,11 +1071,8 @@ def load_model(path, args):
 
 
 def batches(lengths, max_items=math.inf, max_tokens=math.inf):
-    """Items by similar length, for little padding: [3, 9, 2], 2 items -> their indices [[2, 0], [1]].
-
-    A batch, padded, stays within max_tokens, unless it is a single item.
-    """
-    found = []
+    """Items by similar length, for little padding: [3, 9, 2], 2 items -> their indices [[2, 0], [1]]."""
+    found = []  # padded, a batch stays within max_tokens, unless it is a single item
     for i in sorted(range(len(lengths)), key=lengths.__getitem__):
         if found and len(found[-1]) < max_items and (len(found[-1]) + 1) * lengths[i] <= max_tokens:
             found[-1].append(i)
@@ -1157,8 +1092,8 @@ def autocast(model):
 
 
 def make_optimizer(groups, lr, steps, args):
-    """AdamW or RMSprop, without weight decay; its schedule: up in --warmup steps, then down to 0."""
-    kind = {"adamw": torch.optim.AdamW, "rmsprop": torch.optim.RMSprop}[args.optimizer]
+    """AdamW or RMSprop, without weight decay; its schedule: up in --warmup steps, down to 0."""
+    kind = torch.optim.AdamW if args.optimizer == "adamw" else torch.optim.RMSprop
     optimizer = kind(groups, lr=lr, weight_decay=0)
     return optimizer, get_scheduler("linear", optimizer, args.warmup, steps)
 
@@ -1189,7 +1124,7 @@ def gather(value):
 
 
 def spread(items, function):
-    """function(items), a result per item: every rank does a share and has all results, in order."""
+    """function(items), a result per item: every rank does a share and gets all, in order."""
     rank, world = ranks()
     results = [None] * len(items)
     share = items[rank::world] or items[:1]  # a sharded model needs all ranks
@@ -1209,28 +1144,20 @@ def micro_batches(batch, max_tokens):
     groups = [order[n : n + world] for n in range(0, len(batch), world)]  # a row for every rank
     parts = []
     for part in batches([lengths[group[-1]] for group in groups], max_tokens=max_tokens):
-        share = [groups[n][rank] for n in part if rank < len(groups[n])]
-        parts.append(([batch[i] for i in share or groups[part[0]][:1]], len(share)))
+        share = [batch[groups[n][rank]] for n in part if rank < len(groups[n])]
+        parts.append((share or [batch[groups[part[0]][0]]], len(share)))
     return parts
 
 
-def layers_of(model):
-    """The decoder's blocks: its first list of modules."""
-    parts = model.get_decoder().modules()
-    return next(part for part in parts if isinstance(part, torch.nn.ModuleList))
-
-
 def prepare(model, args, sharded=True):
-    """--checkpoint-activations; under torchrun FSDP2, which spreads weights, gradients, optimizer.
-
-    transformers' gradient_checkpointing_enable does nothing in evaluation mode, needed here.
-    """
-    layers = layers_of(model)
+    """--checkpoint-activations; under torchrun FSDP2, which spreads weights, gradients, optimizer."""
+    modules = model.get_decoder().modules()  # of these the first list has the decoder's blocks
+    layers = next(module for module in modules if isinstance(module, torch.nn.ModuleList))
     if sharded and dist.is_initialized():
         mesh = dist.init_device_mesh(model.device.type, (ranks()[1],))
         for part in (*layers, model):  # weights stay, once gathered, until a backward pass:
             fully_shard(part, mesh=mesh, reshard_after_forward=False)  # no rank waits in sampling
-    if args.checkpoint_activations:
+    if args.checkpoint_activations:  # transformers' own does nothing in evaluation mode
         for layer in layers:
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
@@ -1252,8 +1179,6 @@ if __name__ == "__main__":
     try:
         main(arguments)
     except (KeyboardInterrupt, OSError, SafetensorError, torch.OutOfMemoryError) as error:
-        begun = Path(arguments.out, "args.json").exists()
-        how = f"go on with --resume {arguments.out}" if begun else "nothing was written yet"
-        die(f"{str(error) or 'stopped'}; {how}")
+        die(f"{str(error) or 'stopped'}; if it had begun, go on with --resume {arguments.out}")
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -152,8 +152,9 @@ def test_the_log_of_a_run(small, tmp_path, capsys):
     lines = printed.splitlines()
     assert max(map(len, lines)) <= 100 + len(str(out))
     assert lines[0].startswith("warning: rounds do not settle at --scale 0.3: use --rounds 1 or --scale 1")
-    assert lines[1] == "data    40 demonstrations, 20 dev, 20 held-out problems"
-    assert "112,192 parameters on cpu" in lines[2]
+    counts = "40 demonstrations, 20 dev, 20 held-out problems"
+    assert lines[1] == f"data    {counts}, up to 256 tokens a response"
+    assert "112,192 parameters, 1 x cpu" in lines[2]
     for word in ("round 1 of 2", "round 2 of 2", "sampling 40 responses", "equal their demonstration"):
         assert word in printed
     titles = [line for line in lines if "log-ratio: demo" in line]

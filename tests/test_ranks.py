@@ -152,7 +152,7 @@ def test_a_run_of_two_processes(one_and_two):
         for run in ("one", "two")
     )
     assert one == two and len(one) == 40
-    assert "2 process(es)" in said and said.count("best: round 1") == 1
+    assert "parameters, 2 x cpu" in said and said.count("best: round 1") == 1
     assert [(r["phase"], r.get("step")) for r in metrics(folder / "one")] == [
         (r["phase"], r.get("step")) for r in metrics(folder / "two")
     ]
