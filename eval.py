@@ -590,7 +590,11 @@ def load(kind, path, what, **options):
 
 
 class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """--help prints the docstring as it is, and every default."""
+    """--help prints the docstring as it is, and the defaults where there are any."""
+
+    def _get_help_string(self, action):
+        shown = action.default is not None and action.default is not False
+        return super()._get_help_string(action) if shown else action.help
 
 
 # ---- 6. Tasks ----------------------------------------------------------------------------------

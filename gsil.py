@@ -364,7 +364,7 @@ def sft_baseline(out, demos, dev, epochs, likelihood, tokenizer, respond, args):
         records.append(record)
         if record["step"] * epochs % record["steps"] == 0:  # the end of an epoch
             record["dev_accuracy"], _ = answer(policy, dev, 0, tokenizer, respond, args)
-            kept = not dev or record["dev_accuracy"] > best
+            kept = record["dev_accuracy"] > best if dev else record["step"] == record["steps"]
             if kept:
                 best = record["dev_accuracy"]
                 save_model(policy, tokenizer, out / "sft")
@@ -722,7 +722,11 @@ def save_model(model, tokenizer, folder):
 
 
 class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """--help prints the docstring as it is, and every default."""
+    """--help prints the docstring as it is, and the defaults where there are any."""
+
+    def _get_help_string(self, action):
+        shown = action.default is not None and action.default is not False
+        return super()._get_help_string(action) if shown else action.help
 
 
 def die(sentence):
