@@ -23,6 +23,7 @@ sampled, and the reward is read at a response's last token in training and in us
 
 import argparse
 import csv
+import gc
 import io
 import json
 import math
@@ -1061,6 +1062,8 @@ def load_model(path, args):
     device = best if args.device == "auto" else args.device
     if device not in (best, "cpu"):
         die(f"--device {device}: there is none here, the best is {best}")
+    if device != "cpu":  # sharded and recomputing layers refer to themselves, and would keep a GPU's memory
+        gc.collect()
     model, info = load(AutoModelForCausalLM, path, "causal language model", **WEIGHTS)
     broken = [name for name, weight in model.named_parameters() if not weight.isfinite().all()]
     broken += sorted(info["missing_keys"])  # these would be random without a word
