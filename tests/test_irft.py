@@ -206,7 +206,9 @@ def test_the_penalty_keeps_rewards_small(folder):
 def test_preferences_join_with_their_weight(reward_model, monkeypatch):
     """The gradient is that of the pairs plus weight times that of the preferences, in parts of any size."""
 
-    def gradient_of(flags):
+    preferences = made_pairs(tiny_model(), 5, seed=1)
+
+    def gradient_of(flags, pairs=None, others=preferences):
         found = []
         monkeypatch.setattr(irft, "clip_gradients", lambda optimizer, limit: 1.0)
         monkeypatch.setattr(torch.optim.AdamW, "step", lambda optimizer: found.append(gradient(model[0])))
@@ -215,13 +217,14 @@ def test_preferences_join_with_their_weight(reward_model, monkeypatch):
         monkeypatch.setattr(
             irft, "prepare", lambda m, *a, **k: (model.__setitem__(0, m.base_model), whole(m, *a, **k))
         )
-        fit(reward_model[0], f"--reward-steps 1 {flags}", made_pairs(tiny_model(), 5, seed=1))
+        fit(reward_model[0], f"--reward-steps 1 {flags}", others, pairs)
         monkeypatch.undo()
         return found[0]
 
     none, half, one = (gradient_of(f"--preference-weight {weight}") for weight in (0, 0.5, 1))
     assert relative(half, none) > 1e-2
     assert relative(one - none, 2 * (half - none)) < 1e-4  # sums in fp32
+    assert relative(one - none, gradient_of("", preferences, ())) < 1e-4  # as if they were the pairs
     assert relative(gradient_of("--preference-weight 1 --micro-batch 40"), one) < 1e-4
 
 
