@@ -14,7 +14,7 @@ probabilities of it. Scale 1 imitates the demonstrators. A smaller scale goes pa
 which they differ from the model. Unlike in the official code, token ids stay as sampled and EOS is only where
 it was sampled, so that no side is given away by its format.
 
-    python gsil.py                      # the built-in toy, less than a minute on two CPU cores
+    python gsil.py                      # the built-in toy, about a minute on two CPU cores
     python gsil.py --model M --data train.jsonl --heldout test.jsonl --lr 1e-5 --scale 0.1
     torchrun --nproc-per-node 8 gsil.py --model M ...       # weights spread over 8 GPUs
 """
@@ -242,9 +242,13 @@ def sft_loss(model, demos, mean_length):
 
 
 def update(model, optimizer, batch, loss_of, args):
-    """One optimizer step on a batch's mean loss; returns means. loss_of -> losses (B,), {name: (B,)}."""
+    """One optimizer step on the mean loss of a batch; returns its mean metrics, floats.
+
+    loss_of(model, rows) -> losses (B,), {name: (B,)}. The batch goes through the model in parts of
+    similar length, whose gradients add up to that of the whole; `count` rows of a part are its own.
+    """
     sums = {}
-    for part, count in micro_batches(batch, args.micro_batch):  # gradients add up
+    for part, count in micro_batches(batch, args.micro_batch):
         losses, metrics = loss_of(model, part)
         (losses[:count].sum() * ranks()[1] / len(batch)).backward()  # the ranks' mean is taken later
         for name, values in ({"loss": losses} | metrics).items():
@@ -261,9 +265,13 @@ def update(model, optimizer, batch, loss_of, args):
 
 
 def train(model, rows, loss_of, epochs, args, seed, shift=None, first_loss=None):
-    """Train in place, every row once an epoch; yields metrics. first_loss: that of policy = reference."""
+    """Train in place, every row once an epoch; yields the metrics of each step.
+
+    shift: trained, too, if it requires a gradient. first_loss: what the first loss must be, when
+    policy and reference are still one model; if it is not, one of them is wrong, and the run stops.
+    """
     model.eval()  # no dropout, or the first log-ratios would not be 0
-    prepare(model, args)
+    prepare(model, args)  # recomputed activations, several GPUs
     groups = [{"params": [weight for weight in model.parameters() if weight.requires_grad]}]
     if shift is not None and shift.requires_grad:
         # Its first gradient is 0 but for rounding, of which Adam's usual eps makes a whole step.
@@ -289,7 +297,10 @@ def train(model, rows, loss_of, epochs, args, seed, shift=None, first_loss=None)
 
 
 def self_play(policy, demos, respond, tokenizer, seed, folder, args):
-    """The pairs of a round: each demonstration, a response of the policy, log pi_t of both."""
+    """The pairs of a round: each demonstration, a response of the policy, log pi_t of both.
+
+    respond(policy, prompts, temperature=, seed=) is sample with the settings of the run; see main.
+    """
     file = folder.with_name(folder.name + ".partial") / "generated.jsonl"
     if file.exists():  # of a run that was interrupted while it trained on them
         return read_json_lines(file)

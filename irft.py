@@ -92,7 +92,7 @@ def parse_args(argv=None):
     flag("--epochs", type=int, default=2, help="passes over a chunk's pairs; more fit closer, overfit")
     rft = parser.add_argument_group("--method rft")
     flag = rft.add_argument
-    flag("--rounds", type=int, default=1, help="each samples afresh; at kl < 1 they swing")
+    flag("--rounds", type=int, default=1, help="each samples afresh; above 1 take a kl near 1")
     flag("--reward-model", help="what the reward starts from, if not --model; same tokenizer")
     flag("--reward-loss", choices=[*REWARD_LOSSES], default="logistic", help="see there")
     flag("--reward-steps", type=int, default=64, help="few: a vague reward, many: it overfits")
@@ -251,9 +251,13 @@ def sft_loss(model, demos, mean_length):
 
 
 def update(model, optimizer, batch, loss_of, args):
-    """One optimizer step on a batch's mean loss; returns means. loss_of -> losses (B,), {name: (B,)}."""
+    """One optimizer step on the mean loss of a batch; returns its mean metrics, floats.
+
+    loss_of(model, rows) -> losses (B,), {name: (B,)}. The batch goes through the model in parts of
+    similar length, whose gradients add up to that of the whole; `count` rows of a part are its own.
+    """
     sums = {}
-    for part, count in micro_batches(batch, args.micro_batch):  # gradients add up
+    for part, count in micro_batches(batch, args.micro_batch):
         losses, metrics = loss_of(model, part)
         (losses[:count].sum() * ranks()[1] / len(batch)).backward()  # the ranks' mean is taken later
         for name, values in ({"loss": losses} | metrics).items():
@@ -270,9 +274,13 @@ def update(model, optimizer, batch, loss_of, args):
 
 
 def train(model, rows, loss_of, epochs, args, seed, shift=None, first_loss=None):
-    """Train in place, every row once an epoch; yields metrics. first_loss: that of policy = reference."""
+    """Train in place, every row once an epoch; yields the metrics of each step.
+
+    shift: trained, too, if it requires a gradient. first_loss: what the first loss must be, when
+    policy and reference are still one model; if it is not, one of them is wrong, and the run stops.
+    """
     model.eval()  # no dropout, or the first log-ratios would not be 0
-    prepare(model, args)
+    prepare(model, args)  # recomputed activations, several GPUs
     groups = [{"params": [weight for weight in model.parameters() if weight.requires_grad]}]
     if shift is not None and shift.requires_grad:
         # Its first gradient is 0 but for rounding, of which Adam's usual eps makes a whole step.
@@ -371,6 +379,7 @@ def advantages(rewards):
 
 
 CLIP_RATIO = 0.2  # PPO's epsilon
+SAMPLED = ("reward", "kl", "objective", "length")  # what is logged of sampled responses
 
 
 def clipped_loss(logps, sampled_logps, gains):
@@ -386,9 +395,6 @@ def policy_loss(policy, rows):
     found = {name: logps.new_tensor([row[name] for row in rows]) for name in ("logp", "advantage", *SAMPLED)}
     losses = clipped_loss(logps, found["logp"], found["advantage"])
     return losses, {name: found[name] for name in SAMPLED}
-
-
-SAMPLED = ("reward", "kl", "objective", "length")  # metrics of sampled responses
 
 
 def improve_policy(policy, reference, reward_model, demos, respond, args, seed):
@@ -459,13 +465,13 @@ class LoRA(torch.nn.Module):
 
 
 def linear_layers(model):
-    """[(name, module)] in the model's blocks: all linear layers, fused ones and Conv1D among them."""
+    """[(name, module)] of all linear layers in the decoder, fused ones and Conv1D among them."""
     modules = model.get_decoder().named_modules()
     return [(name, module) for name, module in modules if isinstance(module, (torch.nn.Linear, Conv1D))]
 
 
 def add_lora(model, rank, seed):
-    """In place: A and B of every linear layer in the model's blocks are trained, nothing else."""
+    """In place: A and B of every linear layer in the decoder are trained, nothing else."""
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(random.Random(f"{seed} lora").getrandbits(60))
     for name, module in linear_layers(model):
@@ -484,7 +490,10 @@ def merge_lora(model):
 
 
 def self_play(policy, demos, respond, tokenizer, seed, folder, args):
-    """The pairs of a round: each demonstration, a response of the policy, log pi_t of both."""
+    """The pairs of a round: each demonstration, a response of the policy, log pi_t of both.
+
+    respond(policy, prompts, temperature=, seed=) is sample with the settings of the run; see main.
+    """
     file = folder.with_name(folder.name + ".partial") / "generated.jsonl"
     if file.exists():  # of a run that was interrupted while it trained on them
         return read_json_lines(file)
@@ -564,6 +573,8 @@ def load_reward(path, eos_ids, args):
 def make_preference(row, tokenizer, eos_ids, room):
     """A row with chosen and rejected -> a pair as self_play makes them, chosen being real."""
     chosen = encode(row, tokenizer, eos_ids)
+    if not (row.get("chosen") and row.get("rejected")):
+        raise ValueError("preferences have the columns chosen and rejected")
     rejected = encode(row | {"chosen": row["rejected"]}, tokenizer, eos_ids)
     if chosen["prompt"] != rejected["prompt"]:
         raise ValueError("chosen and rejected answer different prompts")
@@ -594,7 +605,7 @@ def main(args):
     start, preferences = (None, []) if irft else read_rft_inputs(config, tokenizer, eos_ids, args)
     policy = load_model(args.model, args)
     if args.lora_rank and not linear_layers(policy):
-        die(f"--lora-rank: {args.model} has no linear layers in its blocks")
+        die(f"--lora-rank: {args.model} has no linear layers in its decoder")
     print(f"model   {args.model}: {policy.num_parameters():,} parameters, {ranks()[1]} x {policy.device}")
     out, rows = open_folder(args)  # rows of the table, by name: a resumed run may have some
     respond = partial(sample, eos_ids=eos_ids, max_new_tokens=max_new_tokens, batch_size=args.sample_batch)
