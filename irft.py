@@ -1122,6 +1122,10 @@ def make_optimizer(groups, lr, steps, args):
 def start_processes():
     if "LOCAL_RANK" in os.environ and not dist.is_initialized():
         if torch.cuda.is_available():
+            if int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
+                die(
+                    f"--nproc-per-node: there are {torch.cuda.device_count()} GPUs here, one for each process"
+                )
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group()
         if dist.get_rank() > 0:

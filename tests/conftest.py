@@ -1,5 +1,5 @@
-"""What the tests share: no network, the repository's root on the path, a tiny model and tokenizers made in
-memory."""
+"""What the tests share: no network, the CPU, the repository's root on the path, a tiny model and tokenizers made
+in memory."""
 
 import json
 import os
@@ -15,6 +15,11 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+# Tests compare digits and bytes, which a GPU changes from run to run: only one test, which asks for it, sees it.
+GPU = torch.cuda.is_available()
+torch.cuda.is_available = torch.backends.mps.is_available = lambda: False
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # for the processes that tests start
 
 ZEPHYR = (
     "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}</s>\n{% endfor %}"

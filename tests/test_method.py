@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import GPU, ROOT
 from helpers import demos_of, finite, metrics, naive_logp, read_jsonl, run, toy_flags, weights
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -176,9 +176,10 @@ def test_rounds_that_do_not_settle_are_warned_of(flags, warns, inputs, tmp_path,
         assert ("warning: rounds do not settle" in capsys.readouterr().out) == expected
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_cuda_agrees_with_the_cpu(small, tmp_path):
+@pytest.mark.skipif(not GPU, reason="needs a CUDA device")
+def test_cuda_agrees_with_the_cpu(small, tmp_path, monkeypatch):
     """bf16 autocast and the CUDA kernels may round differently, not compute something else."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for device in ("cpu", "cuda"):
         run(toy_flags(small, tmp_path / device) + f"--device {device} --baseline none --temperature 0")
     cpu, cuda = (

@@ -179,6 +179,16 @@ def test_a_rank_that_fails_ends_the_run(tmp_path):
     assert code != 0 and "error: no more" in said
 
 
+def test_a_process_needs_a_gpu_of_its_own(monkeypatch, capsys):
+    """torchrun with more processes than GPUs ended in a page of CUDA errors."""
+    monkeypatch.setenv("LOCAL_RANK", "4")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    with pytest.raises(SystemExit):
+        gsil.start_processes()
+    assert "there are 4 GPUs here" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("n", [0, 1, 5, 6])
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_spread_has_a_result_per_item_in_order(world, n, monkeypatch):
