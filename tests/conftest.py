@@ -1,5 +1,4 @@
-"""What the tests share: no network, the CPU, the repository's root on the path, a tiny model and tokenizers made
-in memory."""
+"""Tests share: no network, the CPU, the repository on the path, a tiny model and tokenizers in memory."""
 
 import json
 import os
@@ -9,14 +8,14 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # threads that wait for a busy core sleep instead of spinning
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "toy")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "toy"), str(ROOT / "tests" / "studies")]
 
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-# Tests compare digits and bytes, which a GPU changes from run to run: only one test, which asks for it, sees it.
+# Tests compare digits and bytes, which a GPU changes from run to run: only a test that asks for it sees it.
 GPU = torch.cuda.is_available()
 torch.cuda.is_available = torch.backends.mps.is_available = lambda: False
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # for the processes that tests start
@@ -28,40 +27,24 @@ ZEPHYR = (
 
 
 def byte_tokenizer(chat_template=ZEPHYR, merges=()):
-    """One token per byte (and per merge), EOS '</s>' which is also the pad token, and a second EOS
-    '<|end|>'."""
+    """One token per byte (and per merge), EOS '</s>', which also pads, and a second EOS '<|end|>'."""
     vocabulary = {"<s>": 0, "</s>": 1, "<|end|>": 2}
     for token in [*sorted(pre_tokenizers.ByteLevel.alphabet()), *(a + b for a, b in merges)]:
         vocabulary.setdefault(token, len(vocabulary))
     inner = Tokenizer(models.BPE(vocab=vocabulary, merges=list(merges)))
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     inner.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=inner,
-        bos_token="<s>",
-        eos_token="</s>",
-        pad_token="</s>",
-        extra_special_tokens=["<|end|>"],
-        chat_template=chat_template,
-    )
+    special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>"}
+    special["extra_special_tokens"] = ["<|end|>"]
+    return PreTrainedTokenizerFast(tokenizer_object=inner, chat_template=chat_template, **special)
 
 
 def tiny_model(vocabulary=300, seed=0):
-    """A random Llama with 2 layers; its wide initialisation makes the next-token distribution far from
-    uniform."""
+    """A random Llama; its wide initialisation makes the next-token distribution far from uniform."""
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        initializer_range=0.2,
-        max_position_embeddings=256,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=None,
-    )
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"vocab_size": vocabulary, "max_position_embeddings": 256, "initializer_range": 0.2}
+    config = LlamaConfig(bos_token_id=0, eos_token_id=1, pad_token_id=None, **sizes)
     return LlamaForCausalLM(config).eval()
 
 
@@ -91,15 +74,15 @@ def models_of_parity(tmp_path_factory):
 def small(tmp_path_factory):
     """40 demonstrations and 20 problems of the toy: a run takes a second or two."""
     folder = tmp_path_factory.mktemp("small")
-    for name, n in (("demos", 40), ("dev", 20), ("heldout", 20)):
-        lines = (ROOT / f"tests/toy/{name}.jsonl").read_text().splitlines(keepends=True)[:n]
-        (folder / f"{name}.jsonl").write_text("".join(lines))
+    for name, n in {"demos": 40, "dev": 20, "heldout": 20}.items():
+        lines = (ROOT / f"tests/toy/{name}.jsonl").read_text().splitlines(keepends=True)
+        (folder / f"{name}.jsonl").write_text("".join(lines[:n]))
     return folder
 
 
 @pytest.fixture(scope="session")
 def inputs(tmp_path_factory):
-    """Flags for a model and six demonstrations, both tiny: a run takes a fraction of a second."""
+    """Flags of a run on a model and six demonstrations, both tiny: it takes a fraction of a second."""
     folder = tmp_path_factory.mktemp("inputs")
     tiny_model().save_pretrained(folder / "model")
     byte_tokenizer().save_pretrained(folder / "model")

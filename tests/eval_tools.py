@@ -5,6 +5,7 @@ import sys
 
 import pytest
 from conftest import ROOT
+from helpers import write_jsonl  # noqa: F401 (as oracle: for the tests that import it from here)
 
 import eval as ev
 
@@ -24,17 +25,11 @@ def run(flags):
 def fails(capsys, flags, *says):
     """The flags must end in exit code 2 and one sentence that has all of `says`."""
     with pytest.raises(SystemExit) as stop:
-        ev.main(ev.parse_args(flags if isinstance(flags, list) else flags.split()))
+        run(flags)
     sentence = capsys.readouterr().err
     assert stop.value.code == 2
     for part in says:
         assert part in sentence, sentence
-    return sentence
-
-
-def write_jsonl(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
 
 
 def policy_of(model, tokenizer=None, window=256):
@@ -44,12 +39,8 @@ def policy_of(model, tokenizer=None, window=256):
 
 def flags_of(case, models, batch=1):
     """One of oracle.CASES as flags of eval.py."""
-    family = case["task"].split("_")[0]
-    return (
-        f"--model {models}/{case['model']} --tasks {case['task']} --batch-size {batch} --device cpu "
-        f"--data {case['task']}={ROOT}/tests/parity/rows/{family} --max-new-tokens {oracle.NEW_TOKENS} "
-        + (f"--shots {case['shots']} " if "shots" in case else "")
-        + "--chat " * case.get("chat", False)
-        + (f"--limit {case['limit']} " if "limit" in case else "")
-        + "--allow-code-execution"
-    )
+    task = case["task"]
+    flags = f"--model {models}/{case['model']} --tasks {task} --batch-size {batch} --allow-code-execution "
+    flags += f"--data {oracle.ROWS / task.split('_')[0]} --max-new-tokens {oracle.NEW_TOKENS} --device cpu "
+    flags += "".join(f"--{name} {case[name]} " for name in ("shots", "limit") if name in case)
+    return flags + "--chat" * case.get("chat", False)

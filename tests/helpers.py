@@ -3,13 +3,11 @@
 import hashlib
 import json
 import math
-import re
 import shlex
 from functools import partial
 from pathlib import Path
 
 import torch
-from conftest import ROOT
 
 import gsil
 
@@ -33,11 +31,11 @@ def made_pairs(model, n=7, seed=0):
     """n pairs of ragged lengths, their references scored by the model."""
     rng = torch.Generator().manual_seed(seed)
 
-    def ids(low, high):
-        length = int(torch.randint(low, high, (), generator=rng))
+    def ids(end):
+        length = int(torch.randint(1, end, (), generator=rng))
         return torch.randint(3, 300, (length,), generator=rng).tolist()
 
-    pairs = [{"prompt_ids": ids(1, 6), "real_ids": ids(1, 8), "generated_ids": ids(1, 8)} for _ in range(n)]
+    pairs = [{"prompt_ids": ids(6), "real_ids": ids(8), "generated_ids": ids(8)} for _ in range(n)]
     for side in ("real", "generated"):
         texts = [(pair["prompt_ids"], pair[f"{side}_ids"]) for pair in pairs]
         for pair, logp in zip(pairs, gsil.score(model, texts, 4096)):
@@ -84,8 +82,7 @@ def run(flags):
 
 def toy_flags(folder, out):
     """Flags of a run on the small slices of the toy; see the fixture `small`."""
-    names = ("demos", "dev", "heldout")
-    data, dev, heldout = (f"{folder}/{name}.jsonl" for name in names)
+    data, dev, heldout = (f"{folder}/{name}.jsonl" for name in ("demos", "dev", "heldout"))
     return f"--data {data} --dev {dev} --heldout {heldout} --out {out} "
 
 
@@ -105,10 +102,3 @@ def metrics(folder):
 
 def finite(values):
     return all(math.isfinite(value) for value in values)
-
-
-def commands(script):
-    """The flags of a script's commands in README."""
-    text = (ROOT / "README.md").read_text().replace("\\\n", " ")
-    found = re.findall(rf"^\s*(?:.*&& )?(?:python|torchrun .*) {script}(.*)$", text, re.MULTILINE)
-    return [line.split("#")[0] for line in found]

@@ -1,171 +1,106 @@
-"""README, the studies' results and the committed toy: a command that does not run, or a number nobody measured, is
-the first thing a newcomer meets."""
+"""README, RESULTS.md, the toy: a newcomer meets a command that fails, or a number nobody measured, first."""
 
 import importlib
 import json
-import math
 import re
 import shlex
-import sys
 from functools import partial
 
+import make_toy
 import torch
+import toy
 from conftest import ROOT
-from helpers import commands
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import eval as ev
 import gsil
 
-sys.path.insert(0, str(ROOT / "tests" / "studies"))
-
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-RESULTS = (ROOT / "tests/studies/RESULTS.md").read_text(encoding="utf-8")
+PAGES = {
+    page: (ROOT / page).read_text(encoding="utf-8") for page in ("README.md", "tests/studies/RESULTS.md")
+}
+README, RESULTS = PAGES.values()
 
 
 def test_readme_is_short():
     """A newcomer reads it once; it had grown to 9,800 words before this limit."""
-    assert len(README.splitlines()) <= 260
-    assert len(README.encode()) <= 20480
+    assert len(README.splitlines()) <= 260 and len(README.encode()) <= 20480
 
 
-def test_readme_commands_parse():
-    """Flags that left the script must leave README."""
-    found = commands("gsil.py")
-    assert len(found) >= 3
-    for flags in found:
-        if "--resume" not in flags:
-            gsil.parse_args(shlex.split(flags))
+def test_commands_parse():
+    """Flags that left a script must leave its commands; some of them take hours or need a GPU."""
+    text = "".join(PAGES.values()).replace("\\\n", " ")
+    found = re.findall(r"(?:python|torchrun .*) (?:tests/\w+/)?(\w+)\.py\b([^`#\n]*)", text)
+    scripts = {"gsil", "irft", "eval", "make_toy", "toy", "pretrained", "bench"}
+    assert {script for script, _ in found} == scripts and len(found) >= 50
+    examples = {"LOSS": "hinge", "SCALE": "1", "LR": "1", "T": "4", "NAME": "main", "...": "--seed=0"}
+    examples["DIR"] = str(ROOT / "tests/parity/rows/gsm8k")
+    for script, flags in found:
+        words = [examples.get(word, word) for word in shlex.split(flags)]
+        if "--resume" not in words:
+            importlib.import_module(script).parse_args(words)
 
 
-def test_readme_commands_of_eval_parse():
-    """--leaderboard left for --shots, and HumanEval needs a consent: a command without them would be refused."""
-    found = commands("eval.py")
-    assert len(found) >= 3
-    for flags in found:
-        ev.parse_args(shlex.split(flags))
-
-
-def test_flags_that_readme_names_exist():
-    """Flags are also named in sentences, where no command is parsed."""
-    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) - {"--nproc-per-node", "--exclude"}
-    assert len(named) >= 20
+def test_what_is_named_exists():
+    """A reader of the papers finds the code by the flags, functions and links that the sentences name; a link
+    to a renamed file or heading is one that GitHub shows and does not follow."""
     scripts = ["gsil.py", "irft.py", "eval.py", "tests/studies/toy.py"]
-    sources = "".join((ROOT / script).read_text(encoding="utf-8") for script in scripts)
-    assert {flag for flag in named if f'"{flag}"' not in sources} == set()
+    sources = {script: (ROOT / script).read_text(encoding="utf-8") for script in scripts}
+    flags = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) - {"--nproc-per-node", "--exclude"}
+    functions = re.findall(r"`((?:gsil|irft|eval)\.py):(\w+)`", README)
+    assert len(flags) >= 20 and len(functions) >= 10
+    assert [flag for flag in flags if f'"{flag}"' not in "".join(sources.values())] == []
+    for script, name in functions:
+        assert re.search(rf"^(def {name}\(|{name} = )", sources[script], re.MULTILINE), (script, name)
+    titles = re.findall(r"^#+ (.*)$", README + RESULTS, re.MULTILINE)
+    anchors = ["", *(re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles)]
+    for page, text in PAGES.items():
+        links = re.findall(r"\]\((?!https:)([^)#]*)#?([^)]*)\)", text)
+        assert len(links) >= 4
+        for path, heading in links:
+            assert (ROOT / page).parent.joinpath(path).exists() and heading in anchors, (page, path, heading)
 
 
-def test_the_pair_by_hand_in_readme():
+def test_the_pair_by_hand():
     """A student follows these numbers with a pencil; each must be what the code computes."""
-    args = gsil.parse_args([])
-    tokenizer = AutoTokenizer.from_pretrained(gsil.TOY / "base")
-    policy = gsil.load_model(gsil.TOY / "base", args)
-    question = (
-        "Ava has 7 apples . Ava buys 4 more . the number grows 2 times . how many apples does Ava have ?"
-    )
-    answer = "7 + 4 = 11 . 11 * 2 = 22 . #### 22"
-    row = {"question": question, "answer": answer}
-    pair = gsil.encode(row, tokenizer, {tokenizer.eos_token_id})
-    pair["generated_ids"] = tokenizer("#### 17").input_ids + [tokenizer.eos_token_id]
     text = README.partition("One pair by hand")[2].partition("\n#")[0]
-    assert question in text and answer in text and "#### 17 <eos>" in text
-
-    def sums():
-        return gsil.score(
-            policy, [(pair["prompt_ids"], pair[f"{side}_ids"]) for side in ("real", "generated")], 4096
-        )
-
-    pair["real_reference"], pair["generated_reference"] = before = sums()
+    question = re.search(r"^\*(Ava .*\?)\*", text, re.MULTILINE)[1]
+    answer, guess = re.findall(r"^\| y. `(.*) <eos>` \|", text, re.MULTILINE)
+    pair = gsil.encode({"question": question, "answer": answer}, toy.TOKENIZER, toy.EOS)
+    pair["generated_ids"] = toy.TOKENIZER(f"{guess} <eos>").input_ids
+    policy = gsil.load_model(gsil.TOY / "base", toy.FLAGS)
+    texts = [(pair["prompt_ids"], pair[f"{side}_ids"]) for side in ("real", "generated")]
+    before = gsil.score(policy, texts, 4096)
+    pair["real_reference"], pair["generated_reference"] = before
     loss_of = partial(gsil.gsil_loss, loss="logistic", scale=0.3, shift=torch.tensor(0.0))
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3, weight_decay=0)
-    loss_of(policy, [pair])[0].sum().backward()
-    optimizer.step()
-    losses, found = loss_of(policy, [pair])
-    d = [found["log_ratio_real"].item(), found["log_ratio_generated"].item()]
-    pulls = [-0.3 / (1 + math.exp(0.3 * d[0])), 0.3 / (1 + math.exp(-0.3 * d[1]))]
-    for value in (*before, *sums(), *d, 0.3 * d[0], 0.3 * d[1], losses.item(), *pulls):
-        assert any(abs(float(number) - value) < 0.002 for number in re.findall(r"-?\d\.\d{3}", text)), value
-
-
-def test_commands_of_studies_parse():
-    """They take minutes or a GPU; their flags are checked at once."""
-    found = re.findall(r"python tests/studies/(\w+)\.py([^`#\n]*)", README + RESULTS)
-    assert {script for script, _ in found} == {"toy", "pretrained", "bench"}
-    for script, flags in found:
-        flags = flags.replace("NAME", "main").replace("DIR", str(ROOT / "tests/parity/rows/gsm8k"))
-        importlib.import_module(script).parse_args(shlex.split(flags))
-
-
-def test_readme_names_what_is_there():
-    """It is how a reader of the papers finds the place in the code; a renamed function must not break it."""
-    named = re.findall(r"`(gsil|irft|eval)\.py:(\w+)`", README)
-    assert len(named) >= 10
-    for script, name in named:
-        source = (ROOT / f"{script}.py").read_text(encoding="utf-8")
-        assert re.search(rf"^(def {name}\(|{name} = )", source, re.MULTILINE), (script, name)
-
-
-def test_links_lead_somewhere():
-    """A renamed file or heading leaves a link that GitHub shows and does not follow."""
-    texts = {"README.md": README, "tests/studies/RESULTS.md": RESULTS}
-    for page, text in texts.items():
-        links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if not link.startswith("https:")]
-        assert len(links) >= 4
-        for link in links:
-            path, _, heading = link.partition("#")
-            target = (ROOT / page).parent / path if path else ROOT / page
-            assert target.exists(), (page, link)
-            titles = (
-                re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.MULTILINE) if heading else []
-            )
-            anchors = [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles]
-            assert not heading or heading in anchors, (page, link)
+    for _ in range(2):  # the second step's metrics are of the model before it, after the first
+        found = gsil.update(policy, optimizer, [pair], loss_of, toy.FLAGS)
+    before, sign = torch.tensor(before), torch.tensor([-1.0, 1.0])  # (2,), as all that follow
+    d = torch.tensor([found["log_ratio_real"], found["log_ratio_generated"]])
+    pulls = sign * 0.3 * (sign * 0.3 * d).sigmoid()
+    printed = [float(number) for number in re.findall(r"-?\d\.\d{3}", text)]
+    for value in [found["loss"], *torch.cat([before, before + d, d, 0.3 * d, pulls]).tolist()]:
+        assert min(abs(number - value) for number in printed) < 0.002, value  # three digits, and rounding
 
 
 def test_readme_has_the_numbers_that_were_measured():
-    """RESULTS.md has what the programs printed, with their commands; a number edited by hand must not pass for it."""
-    rows = [line for line in README.splitlines() if line.startswith("|") and "±" in line]
-    assert len(rows) >= 6
-    printed = [
-        line for line in README.splitlines() if re.match(r"    (held-out|base|round 1|sft|rft 1)  ", line)
-    ]
-    assert len(printed) == 5
-    assert {line for line in rows + printed if line not in RESULTS.splitlines()} == set()
-    numbers = re.findall(r"\d\.\d{3} ± \d\.\d{3}", README)
-    assert {number for number in numbers if number not in RESULTS} == set()
-    # Others with that many digits, but for the pair by hand, and seconds and GB on a GPU.
-    text = README.partition("### One pair by hand")
-    text = text[0] + text[2].partition("\n## ")[2]
-    numbers = re.findall(r"(?<![\d.])\d\.\d{3,4}(?![\d.])", text) + re.findall(
-        r"\d\.\d\d s|\d\d\.\d GB", README
-    )
-    numbers = {number.split()[0] for number in numbers} - {"1.386"}  # 2 ln 2
-    assert len(numbers) >= 20
-    assert {number for number in numbers if number not in RESULTS} == set()
+    """RESULTS.md has what the programs printed; a number edited by hand must not pass for it."""
+    lines = re.findall(r"^\|.*±.*|^    (?:held-out|base|round 1|sft|rft 1)  .*", README, re.MULTILINE)
+    assert len(lines) >= 11 and set(lines) <= set(RESULTS.splitlines())
+    text, _, rest = README.partition("### One pair by hand")  # which is computed, above
+    text += rest.partition("\n## ")[2]
+    numbers = set(re.findall(r"\d\.\d{3} ± \d\.\d{3}", text))
+    numbers |= set(re.findall(r"(?<![\d.])\d\.\d{3,4}(?![\d.])|\d\.\d\d(?= s)|\d\d\.\d(?= GB)", text))
+    numbers -= {"1.386"}  # 2 ln 2
+    assert len(numbers) >= 40 and [number for number in numbers if number not in RESULTS] == []
 
 
 def test_the_toys_files_are_what_make_toy_makes():
     """The committed files must be regenerable, and no question may stand in two of them."""
-    import make_toy
-
     rows = make_toy.make_rows(0)
     for part in ("demos", "dev", "heldout", "preferences"):
         made = "".join(json.dumps(row) + "\n" for row in rows[part])
         assert (ROOT / f"tests/toy/{part}.jsonl").read_text() == made
     questions = [row.get("question", row.get("prompt")) for part in rows.values() for row in part]
-    assert len(questions) == len(set(questions)) == 20000 + 2048 + 500 + 500 + 256
+    assert len(questions) == len(set(questions)) == sum(make_toy.SIZES.values())
     perfect = make_toy.make_rows(0, perfect=True)
     assert [row["question"] for row in perfect["demos"]] == [row["question"] for row in rows["demos"]]
     assert all("=" in row["answer"] for row in perfect["demos"]) and perfect["heldout"] == rows["heldout"]
-
-
-def test_the_toys_base_model():
-    """The lesson needs a base that can do the sums but mostly does not show them; and a small repository."""
-    import make_toy
-
-    base = ROOT / "tests/toy/base"
-    assert sum(path.stat().st_size for path in base.iterdir()) < 1e6
-    rows = [json.loads(line) for line in (ROOT / "tests/toy/heldout.jsonl").read_text().splitlines()]
-    model = AutoModelForCausalLM.from_pretrained(base)
-    stats = make_toy.statistics(model, AutoTokenizer.from_pretrained(base), rows, temperature=1)
-    assert stats["right given working"] >= 0.95 and 0.2 < stats["shows working"] < 0.4
