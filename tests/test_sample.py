@@ -1,5 +1,6 @@
 """Section 1 of gsil.py: sample. A response must be the model's own, whatever shares the batch with it."""
 
+import contextlib
 import math
 
 import pytest
