@@ -52,11 +52,12 @@ TOY = Path(__file__).parent / "tests" / "toy"
 def parse_args(argv=None):
     """Flags -> Namespace; tasks becomes a list, data {task: path}."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help, allow_abbrev=False)
+    parser.usage = "%(prog)s [--FLAG VALUE ...]; --help explains the flags"
     flag = parser.add_argument
     flag("--model", default=f"{TOY}/base", help="a folder or a Hub name")
     flag("--compare", metavar="MODEL", help="a second model: differences problem by problem")
     flag("--tasks", default="answers", help=f"separated by commas: {', '.join(TASKS)}")
-    flag("--data", action="append", default=[], metavar="[TASK=]PATH", help="if not given, the Hub's")
+    flag("--data", action="append", default=[], metavar="[TASK=]PATH", help="not given: the toy's or Hub's")
     flag("--limit", type=float, help="the first so many problems; below 1: a share of them")
     flag("--shots", type=int, metavar="N", help="worked examples; if not given, 5 for gsm8k, else none")
     flag("--chat", action="store_true", help="ask in the chat template; answers and reward always do")
@@ -66,8 +67,8 @@ def parse_args(argv=None):
     flag("--seed", type=int, default=0, help="of the samples; they depend on --batch-size, too")
     flag("--reward-model", metavar="MODEL", help="task reward: a classifier with one label")
     flag("--allow-code-execution", action="store_true", help="run what the model writes")
-    flag("--batch-size", type=int, default=16, help="responses at a time: more is faster, less fits")
-    flag("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto", help="as saved")
+    flag("--batch-size", type=int, default=16, help="responses at a time; larger: faster, more memory")
+    flag("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto", help="auto: as saved")
     flag("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto", help="the first there is")
     flag("--out", help="JSON file for settings, versions, results and every sample")
     flag("--answers", metavar="FILE", help="mt_bench: the file to write, which FastChat reads")
@@ -222,7 +223,7 @@ def respond(name, task, problems, shots, policy, args):
     longest = args.max_new_tokens or task.max_new_tokens
     room = policy.window - longest  # of the prompt
     if room < 1:
-        die(f"{name}: {longest} new tokens exceed the window, {policy.window}: lower --max-new-tokens")
+        die(f"--max-new-tokens {longest}: no room for a prompt, the model's window is {policy.window}")
     template = policy.tokenizer if args.chat or task.always_chat else None
     samples, prompts = [], []
     for problem, some in zip(problems, shots):
@@ -486,8 +487,9 @@ UNUSABLE = (ValueError, TemplateError, AttributeError, KeyError, TypeError)  # w
 def read_rows(path, split):
     """Yields (place, row) of a file or Hub dataset: place is what an error names, row a dict of columns."""
     kind = Path(path).suffix
-    if kind in (".jsonl", ".json", ".csv", ".parquet") and not Path(path).is_file():
-        die(f"{path}: no such file")
+    known = kind in (".jsonl", ".json", ".csv", ".parquet")
+    if known != Path(path).is_file():
+        die(f"{path}: " + ("no such file" if known else "not a .jsonl, .json, .csv or .parquet file"))
     place = path
     try:
         if kind in (".jsonl", ".json"):
@@ -511,7 +513,7 @@ def read_rows(path, split):
         yield from ((f"{path} row {n}", row) for n, row in enumerate(rows, 1))
     except (OSError, ValueError, csv.Error) as error:
         accepted = "UTF-8 files .jsonl, .json, .csv; .parquet; the name of a Hub dataset within reach"
-        die(f"{place}: {str(error).splitlines()[0]}. Accepted are {accepted}")
+        die(f"{place}: {str(error).splitlines()[0].rstrip('.')}. Accepted are {accepted}")
 
 
 def to_messages(row):
@@ -860,7 +862,7 @@ def read_split(name, task, split, args):
             problems.append({"row": row} | task.read(row))
         except (*UNUSABLE, IndexError) as error:
             column = getattr(row, "column", "")
-            unusable.append(f"{place}: {column} {error}; found {row!r:.400}")
+            unusable.append(f"{place}: {f'{column} {error}'.strip()}; found {row!r:.400}")
     if len(unusable) > (len(problems) / 9 if name == "answers" else 0):
         die(unusable[0])
     if unusable:

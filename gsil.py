@@ -15,7 +15,7 @@ which they differ from the model. Unlike in the official code, token ids stay as
 it was sampled, so that no side is given away by its format.
 
     python gsil.py                      # the built-in toy, about a minute on two CPU cores
-    python gsil.py --model M --data train.jsonl --heldout test.jsonl --lr 1e-5 --scale 0.1
+    python gsil.py --model M --data train.jsonl --heldout test.jsonl --lr 5e-5 --out runs/mine
     torchrun --nproc-per-node 8 gsil.py --model M ...       # weights spread over 8 GPUs
 """
 
@@ -56,31 +56,32 @@ TOY = Path(__file__).parent / "tests" / "toy"
 def parse_args(argv=None):
     """Flags -> Namespace, never written to later. The defaults were chosen on the toy's dev problems."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help, allow_abbrev=False)
+    parser.usage = "%(prog)s [--FLAG VALUE ...]; --help explains the flags"
     flag = parser.add_argument_group("model and data").add_argument
     flag("--model", default=f"{TOY}/base", help="start model: a folder or a Hub name")
     flag("--data", default=f"{TOY}/demos.jsonl", help=".jsonl .json .csv .parquet or a Hub name")
     flag("--split", default="train", help="split of a Hub dataset")
-    flag("--dev", help="problems that choose the best round; answers end in '#### value'")
-    flag("--heldout", help="problems for the table; if not given, a tenth of --data")
+    flag("--dev", help="chooses SFT's epoch and the best round; answers end in '#### value'")
+    flag("--heldout", help="good answers, for the table; if not given, a tenth of --data")
     flag("--prompt-template", help="text with {prompt} in it, instead of a chat template")
     flag("--max-new-tokens", type=int, help="longest response; if not given, 256 or what fits")
     flag = parser.add_argument_group("method").add_argument
     flag("--loss", choices=[*LOSSES, "sft"], default="logistic", help="sft: the baseline alone")
     flag("--scale", type=float, default=0.3, help="1 imitates, smaller goes further past")
-    flag("--shift", help="a number added to h, official: 2; if not given, 'learn' it")
+    flag("--shift", help="a number added to h, the paper: 2; if not given, 'learn' it")
     flag("--rounds", type=int, default=1, help="each samples afresh; above 1 take a scale near 1")
-    flag("--epochs", type=int, default=2, help="passes over a round's pairs; more fit closer, overfit")
-    flag("--temperature", type=float, default=1.0, help="of samples; lower: more alike; official: 0, greedy")
+    flag("--epochs", type=int, default=2, help="passes over the pairs; more: closer fit, overfitting")
+    flag("--temperature", type=float, default=1.0, help="of samples; lower: more alike; the paper: 0, greedy")
     flag("--baseline", choices=["sft", "none"], default="sft", help="SFT for comparison")
     flag = parser.add_argument_group("optimizer").add_argument
-    flag("--optimizer", choices=["adamw", "rmsprop"], default="adamw", help="official: rmsprop")
-    flag("--lr", type=float, default=2e-4, help="peak learning rate; too high diverges; official 7B: 5e-7")
+    flag("--optimizer", choices=["adamw", "rmsprop"], default="adamw", help="the paper: rmsprop")
+    flag("--lr", type=float, default=2e-4, help="peak, for the toy; see README; the paper for 7B: 5e-7")
     flag("--shift-lr", type=float, default=0.02, help="learning rate of a learned shift; lower: slower")
     flag("--warmup", type=int, default=0, help="steps in which lr rises; then it falls to 0")
     flag("--batch", type=int, default=32, help="demonstrations per step; larger: steadier, fewer steps")
     flag("--micro-batch", type=int, help="tokens per pass; not given: 512 on a CPU, 8192 on a GPU")
     flag("--checkpoint-activations", action="store_true", help="saves memory, a third slower")
-    flag("--clip", type=float, default=1.0, help="largest gradient norm; smaller: slower, steadier")
+    flag("--clip", type=float, default=1.0, help="largest gradient norm; lower: slower, steadier")
     flag = parser.add_argument_group("run").add_argument
     flag("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto", help="auto: the first there is")
     flag("--sample-batch", type=int, default=256, help="responses at a time; larger: faster, more memory")
@@ -94,7 +95,7 @@ def parse_args(argv=None):
         args.dev = args.dev or f"{TOY}/dev.jsonl"
         args.heldout = args.heldout or f"{TOY}/heldout.jsonl"
     if args.shift is None:
-        args.shift = "0" if args.loss in ("spin", "sft") else "learn"  # there it would cancel
+        args.shift = "0" if args.loss in ("spin", "sft") else "learn"  # in spin it cancels
     if args.shift != "learn" and not re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d\d?)?", args.shift):
         parser.error(f"--shift {args.shift}: neither a number nor 'learn'")
     if args.micro_batch is None:  # measured: a CPU wants little padding, a GPU much work at a time
@@ -315,7 +316,7 @@ def self_play(policy, demos, respond, tokenizer, seed, folder, args):
         pairs.append(demo | own | {"real_reference": real, "generated_reference": generated})
     write(file, pairs)
     same = fmean(pair["real_ids"] == pair["generated_ids"] for pair in pairs)
-    print(f"  {same:.1%} equal their demonstration", flush=True)
+    print(f"  {same:.1%} of them equal their demonstration: nothing to learn there", flush=True)
     return pairs
 
 
@@ -359,7 +360,7 @@ def main(args):
     del policy
 
     if args.baseline == "sft" and args.loss != "sft" and args.rounds:
-        epochs = (3 if dev else 1) * args.epochs * args.rounds  # 3: two sides, and the samples
+        epochs = (3 if dev else 1) * args.epochs * args.rounds  # own samples and two sides cost 3
         seconds = sft_baseline(out, demos, dev, epochs, likelihood, tokenizer, respond, args)
         report("sft", load_model(out / "sft", args), seconds)
     return summarize(out, rows)
@@ -404,8 +405,9 @@ UNUSABLE = (ValueError, TemplateError, AttributeError, KeyError, TypeError)  # w
 def read_rows(path, split):
     """Yields (place, row) of a file or Hub dataset: place is what an error names, row a dict of columns."""
     kind = Path(path).suffix
-    if kind in (".jsonl", ".json", ".csv", ".parquet") and not Path(path).is_file():
-        die(f"{path}: no such file")
+    known = kind in (".jsonl", ".json", ".csv", ".parquet")
+    if known != Path(path).is_file():
+        die(f"{path}: " + ("no such file" if known else "not a .jsonl, .json, .csv or .parquet file"))
     place = path
     try:
         if kind in (".jsonl", ".json"):
@@ -429,7 +431,7 @@ def read_rows(path, split):
         yield from ((f"{path} row {n}", row) for n, row in enumerate(rows, 1))
     except (OSError, ValueError, csv.Error) as error:
         accepted = "UTF-8 files .jsonl, .json, .csv; .parquet; the name of a Hub dataset within reach"
-        die(f"{place}: {str(error).splitlines()[0]}. Accepted are {accepted}")
+        die(f"{place}: {str(error).splitlines()[0].rstrip('.')}. Accepted are {accepted}")
 
 
 def to_messages(row):
@@ -544,14 +546,14 @@ def read_data(config, tokenizer, eos_ids, args):
         print(f"warning: {lost} rows have words that the tokenizer does not know")
     cut = sum(len(demo["real_ids"]) > max_new_tokens for demo in everything)
     if cut:
-        print(f"warning: {cut} responses are cut at --max-new-tokens {max_new_tokens}")
+        print(f"warning: {cut} responses of the data are cut at --max-new-tokens {max_new_tokens}")
     for demo in everything:
         demo["real_ids"] = demo["real_ids"][:max_new_tokens]  # without EOS, as a sample that is cut
     if not args.heldout:
         random.Random(args.seed).shuffle(demos)
         n = min(500, len(demos) // 10)
         demos, heldout = demos[n:], demos[:n]
-        print(f"no --heldout: a tenth of the demonstrations, at most 500, is held out: {n}")
+        print(f"no --heldout: a tenth is held out, {n}; the table shows likeness to demonstrators")
     if not all(problem["answer"] for problem in dev):
         die(f"{args.dev}: dev problems choose the best round, so each needs an answer '#### value'")
     both = {demo["prompt"] for demo in demos} & {problem["prompt"] for problem in dev + heldout}
@@ -674,7 +676,8 @@ def summarize(out, rows):
         print_line(row["name"].ljust(10), row)
     if rounds:
         folder = str(out / f"round_{best['phase'].split()[-1]}")
-        print(f"\nbest: {best['phase']}. AutoModelForCausalLM.from_pretrained({folder!r}) loads it")
+        how = "last round" if best["dev_accuracy"] is None else "best round on dev"
+        print(f"\n{how}: {best['phase']}. AutoModelForCausalLM.from_pretrained({folder!r}) loads it")
     return summary
 
 
@@ -683,7 +686,7 @@ def saved_args(args, parser):
     found = read_json_lines(Path(args.resume) / "args.json")
     saved = found[0] if found else {}
     if {*saved} != {*vars(args)}:
-        parser.error(f"--resume {args.resume}: not the folder of a run of this script and version")
+        parser.error(f"--resume {args.resume}: there is no run of this script and version")
     if args != parser.parse_args([f"--resume={args.resume}", f"--rounds={args.rounds}"]):
         parser.error("--resume goes on with that run's flags: give no other but --rounds")
     changed = {"rounds": max(args.rounds, saved["rounds"]), "out": args.resume, "resume": args.resume}

@@ -16,7 +16,7 @@ kl for IRFT and GSIL; p is how the demonstrators write. So 1 imitates them, less
 RFT holds three models: policy, start policy, reward. Unlike in the official code, token ids stay as
 sampled, and the reward is read at a response's last token in training and in use.
 
-    python irft.py                              # RFT on the built-in toy, a minute on two CPU cores
+    python irft.py                         # RFT on the built-in toy, a minute on two CPU cores
     python irft.py --method irft --chunks 5
     python irft.py --preferences tests/toy/preferences.jsonl --preference-weight 0.5
 """
@@ -60,25 +60,26 @@ TOY = Path(__file__).parent / "tests" / "toy"
 def parse_args(argv=None):
     """Flags -> Namespace, never written to later. The defaults were chosen on the toy's dev problems."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help, allow_abbrev=False)
+    parser.usage = "%(prog)s [--FLAG VALUE ...]; --help explains the flags"
     flag = parser.add_argument_group("both methods").add_argument
     flag("--method", choices=["rft", "irft"], default="rft", help="explicit or implicit reward")
     flag("--model", default=f"{TOY}/base", help="start model: a folder or a Hub name")
     flag("--data", default=f"{TOY}/demos.jsonl", help=".jsonl .json .csv .parquet or a Hub name")
     flag("--split", default="train", help="split of a Hub dataset")
-    flag("--dev", help="problems that choose the best round; answers end in '#### value'")
-    flag("--heldout", help="problems for the table; if not given, a tenth of --data")
+    flag("--dev", help="chooses SFT's epoch and the best round; answers end in '#### value'")
+    flag("--heldout", help="good answers, for the table; if not given, a tenth of --data")
     flag("--prompt-template", help="text with {prompt} in it, instead of a chat template")
     flag("--max-new-tokens", type=int, help="longest response; if not given, 256 or what fits")
     flag("--temperature", type=float, default=1.0, help="of the pairs' samples; 0: greedy")
     flag("--baseline", choices=["sft", "none"], default="sft", help="SFT for comparison")
-    flag("--optimizer", choices=["adamw", "rmsprop"], default="adamw", help="official: rmsprop")
-    flag("--lr", type=float, default=2e-4, help="peak, of IRFT and SFT; official for 7B: 5e-7")
+    flag("--optimizer", choices=["adamw", "rmsprop"], default="adamw", help="the paper: rmsprop")
+    flag("--lr", type=float, default=2e-4, help="of IRFT and SFT: peak, for the toy; paper, 7B: 5e-7")
     flag("--warmup", type=int, default=0, help="steps in which lr rises; then it falls to 0")
     flag("--batch", type=int, default=32, help="pairs per step; larger: steadier, fewer steps")
     flag("--micro-batch", type=int, help="tokens per pass; not given: 512 on a CPU, 8192 on a GPU")
     flag("--checkpoint-activations", action="store_true", help="saves memory, a third slower")
-    flag("--clip", type=float, default=1.0, help="largest gradient norm; smaller: slower, steadier")
-    flag("--lora-rank", type=int, help="train so many directions per matrix; official: 64")
+    flag("--clip", type=float, default=1.0, help="largest gradient norm; lower: slower, steadier")
+    flag("--lora-rank", type=int, help="rank of LoRA, which then trains alone; the paper: 64")
     flag("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto", help="auto: the first there is")
     flag("--sample-batch", type=int, default=256, help="responses at a time; larger: faster, more memory")
     flag("--seed", type=int, default=0, help="of the samples and of the order of pairs")
@@ -89,21 +90,21 @@ def parse_args(argv=None):
     flag("--chunks", type=int, default=1, help="parts of the data, one after the other; 1: SPIN")
     flag("--loss", choices=[*LOSSES], default="spin", help="linear: the paper's raw gradient")
     flag("--scale", type=float, default=0.3, help="1 imitates, smaller goes further past")
-    flag("--epochs", type=int, default=2, help="passes over a chunk's pairs; more fit closer, overfit")
+    flag("--epochs", type=int, default=2, help="passes over the pairs; more: closer fit, overfitting")
     rft = parser.add_argument_group("--method rft")
     flag = rft.add_argument
     flag("--rounds", type=int, default=1, help="each samples afresh; above 1 take a kl near 1")
     flag("--reward-model", help="what the reward starts from, if not --model; same tokenizer")
-    flag("--reward-loss", choices=[*REWARD_LOSSES], default="logistic", help="see there")
+    flag("--reward-loss", choices=[*REWARD_LOSSES], default="logistic", help="linear: the raw gradient")
     flag("--reward-steps", type=int, default=64, help="few: a vague reward, many: it overfits")
-    flag("--reward-lr", type=float, default=1e-3, help="peak learning rate of the reward")
+    flag("--reward-lr", type=float, default=1e-3, help="peak, for the toy; the paper: 1e-6")
     flag("--reward-penalty", type=float, default=0.01, help="times r^2; much: a flat reward")
     flag("--reward-pairs", choices=["last", "all"], default="last", help="all: of all rounds")
     flag("--preferences", help="chosen/rejected rows, which join the fit of the reward")
     flag("--preference-weight", type=float, default=0.5, help="of their loss; pairs have 1")
     flag("--kl", type=float, default=0.1, help="large: stays at the start; small: runs away")
     flag("--policy-steps", type=int, default=24, help="each on fresh samples; many: runs away")
-    flag("--policy-lr", type=float, default=1e-3, help="peak learning rate of these steps")
+    flag("--policy-lr", type=float, default=1e-3, help="peak, for the toy; the paper: 1e-6")
     flag("--policy-batch", type=int, default=64, help="prompts per policy step; few: noisy")
     flag("--group-size", type=int, default=4, help="samples per prompt, compared; few: noisy")
     flag("--ppo-epochs", type=int, default=1, help="steps per sample; above 1 with clipping")
@@ -508,12 +509,12 @@ def self_play(policy, demos, respond, tokenizer, seed, folder, args):
         pairs.append(demo | own | {"real_reference": real, "generated_reference": generated})
     write(file, pairs)
     same = fmean(pair["real_ids"] == pair["generated_ids"] for pair in pairs)
-    print(f"  {same:.1%} equal their demonstration", flush=True)
+    print(f"  {same:.1%} of them equal their demonstration: nothing to learn there", flush=True)
     return pairs
 
 
 def irft_chunk(policy, pairs, name, out, seed, args):
-    """Algorithm 2, one chunk: the policy learns to tell its demonstrations from its own samples."""
+    """Algorithm 2, one chunk: the policy learns to tell demonstrations from its own samples."""
     loss_of = partial(irft_loss, loss=args.loss, scale=args.scale)
     first_loss = LOSSES[args.loss](torch.zeros(()), torch.zeros(())).item()  # d = 0 on both sides
     steps = train(policy, pairs, loss_of, args.epochs, args, seed, first_loss=first_loss)
@@ -638,7 +639,7 @@ def main(args):
     del policy
 
     if args.baseline == "sft" and parts:
-        epochs = (3 if dev else 1) * args.epochs  # 3: two sides, and the samples
+        epochs = (3 if dev else 1) * args.epochs  # own samples and two sides cost 3
         seconds = sft_baseline(out, demos, dev, epochs, likelihood, tokenizer, respond, args)
         report("sft", load_model(out / "sft", args), seconds)
     return summarize(out, rows)
@@ -683,8 +684,9 @@ UNUSABLE = (ValueError, TemplateError, AttributeError, KeyError, TypeError)  # w
 def read_rows(path, split):
     """Yields (place, row) of a file or Hub dataset: place is what an error names, row a dict of columns."""
     kind = Path(path).suffix
-    if kind in (".jsonl", ".json", ".csv", ".parquet") and not Path(path).is_file():
-        die(f"{path}: no such file")
+    known = kind in (".jsonl", ".json", ".csv", ".parquet")
+    if known != Path(path).is_file():
+        die(f"{path}: " + ("no such file" if known else "not a .jsonl, .json, .csv or .parquet file"))
     place = path
     try:
         if kind in (".jsonl", ".json"):
@@ -708,7 +710,7 @@ def read_rows(path, split):
         yield from ((f"{path} row {n}", row) for n, row in enumerate(rows, 1))
     except (OSError, ValueError, csv.Error) as error:
         accepted = "UTF-8 files .jsonl, .json, .csv; .parquet; the name of a Hub dataset within reach"
-        die(f"{place}: {str(error).splitlines()[0]}. Accepted are {accepted}")
+        die(f"{place}: {str(error).splitlines()[0].rstrip('.')}. Accepted are {accepted}")
 
 
 def to_messages(row):
@@ -823,14 +825,14 @@ def read_data(config, tokenizer, eos_ids, args):
         print(f"warning: {lost} rows have words that the tokenizer does not know")
     cut = sum(len(demo["real_ids"]) > max_new_tokens for demo in everything)
     if cut:
-        print(f"warning: {cut} responses are cut at --max-new-tokens {max_new_tokens}")
+        print(f"warning: {cut} responses of the data are cut at --max-new-tokens {max_new_tokens}")
     for demo in everything:
         demo["real_ids"] = demo["real_ids"][:max_new_tokens]  # without EOS, as a sample that is cut
     if not args.heldout:
         random.Random(args.seed).shuffle(demos)
         n = min(500, len(demos) // 10)
         demos, heldout = demos[n:], demos[:n]
-        print(f"no --heldout: a tenth of the demonstrations, at most 500, is held out: {n}")
+        print(f"no --heldout: a tenth is held out, {n}; the table shows likeness to demonstrators")
     if not all(problem["answer"] for problem in dev):
         die(f"{args.dev}: dev problems choose the best round, so each needs an answer '#### value'")
     both = {demo["prompt"] for demo in demos} & {problem["prompt"] for problem in dev + heldout}
@@ -954,7 +956,8 @@ def summarize(out, rows):
         print_line(row["name"].ljust(10), row)
     if rounds:
         folder = str(out / f"round_{best['phase'].split()[-1]}")
-        print(f"\nbest: {best['phase']}. AutoModelForCausalLM.from_pretrained({folder!r}) loads it")
+        how = "last round" if best["dev_accuracy"] is None else "best round on dev"
+        print(f"\n{how}: {best['phase']}. AutoModelForCausalLM.from_pretrained({folder!r}) loads it")
     return summary
 
 
@@ -963,7 +966,7 @@ def saved_args(args, parser):
     found = read_json_lines(Path(args.resume) / "args.json")
     saved = found[0] if found else {}
     if {*saved} != {*vars(args)}:
-        parser.error(f"--resume {args.resume}: not the folder of a run of this script and version")
+        parser.error(f"--resume {args.resume}: there is no run of this script and version")
     if args != parser.parse_args([f"--resume={args.resume}", f"--rounds={args.rounds}"]):
         parser.error("--resume goes on with that run's flags: give no other but --rounds")
     changed = {"rounds": max(args.rounds, saved["rounds"]), "out": args.resume, "resume": args.resume}

@@ -146,6 +146,7 @@ FILES = [  # name, content, what the sentence says
         b"prompt,response\n" + b"a,b\n" * 8 + b"a, \n",
         "row 9: a turn of the role assistant is empty",
     ),
+    ("notes.txt", b"a\n", "notes.txt: not a .jsonl, .json, .csv or .parquet file"),
     ("a/hub-name", None, "Accepted are UTF-8 files .jsonl, .json, .csv; .parquet; the name of a Hub dataset"),
 ]
 
@@ -194,7 +195,7 @@ def test_what_may_explain_a_bad_run_is_counted(tmp_path, capsys):
     assert EOS not in demos[0]["real_ids"] and demos[1]["real_ids"][-1] == EOS
     printed = capsys.readouterr().out
     assert "warning: 1 rows have words that the tokenizer does not know" in printed
-    assert "warning: 2 responses are cut at --max-new-tokens 5" in printed
+    assert "warning: 2 responses of the data are cut at --max-new-tokens 5" in printed
     assert "warning: 1 prompts of the dev or held-out problems are in" in printed
 
 
@@ -221,4 +222,4 @@ def test_a_tenth_is_held_out_by_seed(tmp_path, tokenizer, capsys):
         assert len(heldout) == 4 and sorted(found[-1], key=int) == [row["response"] for row in rows]
     assert found[0] == found[1] and {*found[0][:4]} != {*found[2][:4]}
     printed = capsys.readouterr().out
-    assert "no --heldout: a tenth" in printed and "is held out: 4" in printed and "warning" not in printed
+    assert "no --heldout: a tenth is held out, 4;" in printed and "warning" not in printed

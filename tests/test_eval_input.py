@@ -86,7 +86,7 @@ BAD_FLAGS = [  # flags, what the sentence says
     ("--temperature nan", "--temperature nan"),
     ("--samples 2", "--samples 2: greedy ones are all the same"),
     ("--tasks humaneval", "give --allow-code-execution"),
-    ("--max-new-tokens 512 --limit 1", "512 new tokens exceed the window"),
+    ("--max-new-tokens 512 --limit 1", "--max-new-tokens 512: no room for a prompt"),
     ("--compare nowhere", "nowhere: no such folder"),
     ("--tasks reward --data reward=x", "needs --reward-model"),
     ("--tasks mt_bench --data x", "needs --answers FILE"),
