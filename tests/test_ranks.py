@@ -92,7 +92,7 @@ def test_a_run_of_two_processes(one_and_two):
     are of their own class, not of the one that FSDP makes. One process speaks; if one fails, the other does
     not wait for ever, and its sentence is seen."""
     folder, _, said = one_and_two
-    assert "parameters, 2 x cpu" in said and said.count("last round: round 1") == 1
+    assert "parameters, 2 x cpu" in said and said.count("best round on dev: round 1") == 1
     same = []
     numbers = []
     for out in (folder / "one", folder / "two"):
