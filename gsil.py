@@ -302,7 +302,7 @@ def self_play(policy, demos, respond, tokenizer, seed, folder, args):
 
     respond(policy, prompts, temperature=, seed=) is sample with the settings of the run; see main.
     """
-    file = folder.with_name(folder.name + ".partial") / "generated.jsonl"
+    file = folder.with_name(folder.name + ".partial") / "generated.jsonl"  # see save_model
     if file.exists():  # of a run that was interrupted while it trained on them
         return read_json_lines(file)
     print(f"  sampling {len(demos)} responses", flush=True)
@@ -313,6 +313,7 @@ def self_play(policy, demos, respond, tokenizer, seed, folder, args):
     pairs = []
     for demo, ids, real, generated in zip(demos, responses, logps, logps[len(demos) :]):
         own = {"generated": tokenizer.decode(ids), "generated_ids": ids}
+        # These two numbers are all that is needed of pi_t: no second model is kept.
         pairs.append(demo | own | {"real_reference": real, "generated_reference": generated})
     write(file, pairs)
     same = fmean(pair["real_ids"] == pair["generated_ids"] for pair in pairs)
