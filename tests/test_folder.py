@@ -116,7 +116,7 @@ def test_a_run_goes_on_with_its_own_flags_or_not_at_all(undisturbed, tmp_path, m
     assert vars(args) == saved | {"resume": str(undisturbed), "out": str(undisturbed)}
     (tmp_path / "args.json").write_text('{"model": "x"}\n')
     refused = {f"--resume {undisturbed} --lr 1": "give no other but --rounds"}
-    refused |= dict.fromkeys([f"--resume {undisturbed}/round_1", f"--resume {tmp_path}"], "not the folder")
+    refused |= dict.fromkeys([f"--resume {undisturbed}/round_1", f"--resume {tmp_path}"], "there is no run")
     refused |= dict.fromkeys([f"--out {undisturbed}", f"--out {undisturbed}/args.json"], "is there already")
     for flags, says in refused.items():
         with pytest.raises(SystemExit) as stop:
