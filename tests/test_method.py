@@ -113,6 +113,7 @@ def test_rounds_that_do_not_settle_are_warned_of(capsys):
 def test_cuda_agrees_with_the_cpu(small, tmp_path, monkeypatch):
     """bf16 autocast and the CUDA kernels may round differently, not compute something else."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")  # see conftest.py
     nlls = {}
     for device in ("cpu", "cuda"):
         flags = f"--device {device} --baseline none --temperature 0"
