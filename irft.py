@@ -611,6 +611,7 @@ def main(args):
     print(f"model   {args.model}: {policy.num_parameters():,} parameters, {ranks()[1]} x {policy.device}")
     out, rows = open_folder(args)  # rows of the table, by name: a resumed run may have some
     respond = partial(sample, eos_ids=eos_ids, max_new_tokens=max_new_tokens, batch_size=args.sample_batch)
+    # report(name, policy, seconds) adds a row to the table.
     report = partial(evaluate, out, rows, tokenizer, eos_ids, dev, heldout, respond, args)
     likelihood = partial(sft_loss, mean_length=fmean(len(demo["real_ids"]) for demo in demos))
 
