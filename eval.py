@@ -1,15 +1,15 @@
-"""Benchmarks in one file, scored exactly as EleutherAI's lm_eval 0.4.13 scores them.
+"""Benchmarks for language models in one file, with the scores of EleutherAI's lm_eval 0.4.13.
 
-A score is a pile of small decisions: the prompt to the character, the examples before it, where a
-response is cut, which number in it counts. None is ours: on the same model and data every prompt,
-response, log-likelihood and metric is lm_eval's (tests/parity). Three tasks are not from there:
-`answers` asks as gsil.py and irft.py train, `reward` has a reward model choose between two responses,
-`mt_bench` writes answers for FastChat to judge.
+A score depends on many small decisions: each character of the prompt, the few-shot examples, where
+a response stops, which number in it counts. This file makes all of them as lm_eval does. On the same
+model and data, prompts, responses, log-likelihoods and metrics are the same; see tests/parity.
 
-gsm8k looks for a number in the response and compares it with the right one, as text; humaneval runs
-prompt + response + tests; arc, hellaswag, winogrande, truthfulqa, mmlu take the likeliest choice. A
-value is a mean over problems, +- half its 95 % interval. Two models answer the same problems, so
---compare tests their differences problem by problem: sharper than two means.
+    generation         gsm8k extracts a number from the response, humaneval runs the program in it
+    multiple choice    arc, hellaswag, winogrande, truthfulqa, mmlu: the likeliest choice is the answer
+    not in lm_eval     answers asks as gsil.py and irft.py train; reward is the win rate under a
+                       reward model; mt_bench writes responses for FastChat's judge
+
+Two models answer the same problems, so --compare tests their differences problem by problem.
 
     python eval.py                                  # the toy's base model on its held-out problems
     python eval.py --model runs/gsil-logistic-1/round_1 --compare tests/toy/base
@@ -17,16 +17,14 @@ value is a mean over problems, +- half its 95 % interval. Two models answer the 
 """
 
 import argparse
-import csv
+import copy
 import json
 import math
 import os
 import random
 import re
-import secrets
 import select
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -34,670 +32,527 @@ from collections import namedtuple
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean, stdev, variance
+from subprocess import DEVNULL, PIPE, Popen
+from typing import NamedTuple
 
-import pyarrow.parquet
 import torch
+import transformers
 from jinja2 import TemplateError
-from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-TOY = Path(__file__).parent / "tests" / "toy"
+from gsil import TOY, die, final_answer, load, pad, read_rows, to_messages
 
 
 def parse_args(argv=None):
-    """Flags -> Namespace; tasks becomes a list, data {task: path}."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help, allow_abbrev=False)
+    """Parse and check the flags. The result has a list of tasks, and in data the path of each task."""
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter  # prints the docstring as it is
     parser.usage = "%(prog)s [--FLAG VALUE ...]; --help explains the flags"
+    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     flag = parser.add_argument
-    flag("--model", default=f"{TOY}/base", help="a folder or a Hub name")
-    flag("--compare", metavar="MODEL", help="a second model: differences problem by problem")
-    flag("--tasks", default="answers", help=f"separated by commas: {', '.join(TASKS)}")
-    flag("--data", action="append", default=[], metavar="[TASK=]PATH", help="not given: the toy's or Hub's")
-    flag("--limit", type=float, help="the first so many problems; below 1: a share of them")
-    flag("--shots", type=int, metavar="N", help="worked examples; if not given, 5 for gsm8k, else none")
-    flag("--chat", action="store_true", help="ask in the chat template; answers and reward always do")
-    flag("--max-new-tokens", type=int, help="of a response; if not given, 256 or 1024")
-    flag("--samples", type=int, default=1, help="per problem, whose score is their mean")
-    flag("--temperature", type=float, default=0.0, help="of the samples; 0: greedy")
-    flag("--seed", type=int, default=0, help="of the samples; they depend on --batch-size, too")
-    flag("--reward-model", metavar="MODEL", help="task reward: a classifier with one label")
-    flag("--allow-code-execution", action="store_true", help="run what the model writes")
-    flag("--batch-size", type=int, default=16, help="responses at a time; larger: faster, more memory")
+    flag("--model", default=f"{TOY}/base", help="a folder or a Hub name (default: the toy's base)")
+    flag("--compare", metavar="MODEL", help="a second model, compared with it problem by problem")
+    flag("--tasks", default="answers", help=f"one or more, with commas: {', '.join(TASKS)}")
+    flag("--data", action="append", default=[], metavar="[TASK=]PATH", help="file or folder")
+    flag("--limit", type=float, help="the first N problems only, or below 1 this share of them")
+    flag("--shots", type=int, metavar="N", help="few-shot examples; without it 5 for gsm8k, else 0")
+    flag("--chat", action="store_true", help="use the chat template, as answers and reward do")
+    flag("--max-new-tokens", type=int, help="longest response; without it 256, for programs 1024")
+    flag("--samples", type=int, default=1, help="responses per problem, whose mean is its score")
+    flag("--temperature", type=float, default=0.0, help="sampling temperature; 0 is greedy")
+    flag("--seed", type=int, default=0, help="for sampling, which also depends on --batch-size")
+    flag("--reward-model", metavar="MODEL", help="for reward: a classifier with one label")
+    flag("--reward-template", help="its chat template, if it has none; beaver: PKU-Alignment's")
+    flag("--allow-code-execution", action="store_true", help="run programs that the model writes")
+    flag("--batch-size", type=int, default=16, help="responses at once; more: faster, more memory")
     flag("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto", help="auto: as saved")
-    flag("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto", help="the first there is")
-    flag("--out", help="JSON file for settings, versions, results and every sample")
-    flag("--answers", metavar="FILE", help="mt_bench: the file to write, which FastChat reads")
+    flag("--device", choices=sorted({best, "cpu"}), default=best, help="computes everything")
+    flag("--out", help="JSON file for the settings, versions, results and all samples")
+    flag("--answers", metavar="FILE", help="for mt_bench: the file that FastChat will read")
+    for action in parser._actions:
+        if (action.choices and action.default) or type(action.default) in (int, float):
+            action.help += " (default: %(default)s)"
     args = parser.parse_args(argv)
-    args.tasks = args.tasks.split(",")
-    tasks = ",".join(args.tasks)
+    tasks, args.tasks = args.tasks, args.tasks.split(",")
     if not {*args.tasks} <= {*TASKS} or len({*args.tasks}) < len(args.tasks):
-        parser.error(f"--tasks {tasks}: each once, out of {', '.join(TASKS)}")
-    paths = {"answers": f"{TOY}/heldout.jsonl"}
-    for item in args.data:
-        task, equals, path = item.partition("=")
-        if not equals and len(args.tasks) == 1:
-            task, path = args.tasks[0], item
-        paths[task] = path
-    if not {*paths} <= {"answers", *args.tasks}:
-        parser.error(f"--data {' '.join(args.data)}: should be TASK=PATH, with tasks of --tasks {tasks}")
-    args.data = paths
-    for name in ("limit", "max_new_tokens", "samples", "batch_size", "shots", "temperature", "seed"):
-        value = getattr(args, name)
-        zero = value == 0 and name in ("shots", "temperature", "seed")
-        if value is not None and not (0 < value < math.inf or zero):
-            parser.error(f"--{name.replace('_', '-')} {value}: too small, or no number to count with")
-    if args.samples > 1 and not args.temperature:
-        parser.error(f"--samples {args.samples}: greedy ones are all the same, set --temperature")
+        parser.error(f"--tasks {tasks}: name each task once, out of {', '.join(TASKS)}")
+    data, args.data = args.data, {"answers": f"{TOY}/heldout.jsonl"}
+    for item in data:
+        task, _, path = (item if "=" in item else f"{tasks}={item}").partition("=")
+        if task not in args.tasks:
+            parser.error(f"--data {item}: should be TASK=PATH, with one of --tasks {tasks}")
+        args.data[task] = path
+    may_be_zero = ("shots", "temperature", "seed")
+    for name, value in vars(args).items():
+        if type(value) in (int, float):
+            allowed = value > 0 or (value == 0 and name in may_be_zero)
+            if not (allowed and math.isfinite(value)):
+                parser.error(f"--{name.replace('_', '-')} {value}: out of range")
+    if args.samples > 1 and args.temperature == 0:
+        parser.error(f"--samples {args.samples}: greedy responses are the same, set a --temperature")
     if "reward" in args.tasks and (not args.reward_model or args.samples > 1):
-        parser.error("--tasks reward needs --reward-model, and one sample per problem")
-    if "mt_bench" in args.tasks and (args.compare or not args.answers):
-        parser.error("mt_bench needs --answers FILE, and no --compare")
-    if args.answers and Path(args.answers).exists() and Path(args.answers).stat().st_size:
-        parser.error(f"--answers {args.answers}: is there already, and would be overwritten")
+        parser.error("the task reward needs a --reward-model, and one sample per problem")
+    if "mt_bench" in args.tasks and (args.compare or not args.answers or "mt_bench" not in args.data):
+        parser.error("the task mt_bench needs --data and --answers FILE, and takes no --compare")
     if "humaneval" in tasks and not args.allow_code_execution:
-        parser.error("humaneval runs what the model writes: give --allow-code-execution")
+        parser.error("humaneval runs programs that the model writes: give --allow-code-execution")
+    for path in filter(None, (args.out, args.answers)):
+        try:  # create it, so that nothing is computed that could not be saved
+            open(path, "x").close()
+            os.remove(path)
+        except OSError as error:
+            parser.error(f"{path}: {error.strerror}; choose a file that does not exist yet")
     return args
 
 
-# ---- 1. Prompts: what is asked -----------------------------------------------------------------
-
-
-def draw_shots(pool, k, rows, draw="random"):
-    """k worked examples for each row, from one stream with lm_eval's seed, so in the order of rows.
-
-    draw: "random"; "first": the pool's first k; "others": one more, the row itself left out, which
-    lm_eval does where a task names no test split.
-    """
-    stream = random.Random(1234)
-    drawn = []
-    for row in rows:
-        if k == 0 or draw == "first":
-            some = pool[:k]
-        elif draw == "random":
-            some = stream.sample(pool, k)
+# ---- 1. Prompts -----------------------------------------------------------------------------
+def draw_examples(pool, k, problems, sampler):
+    """Give each problem k few-shot examples from the pool, the same ones as lm_eval. One random stream
+    serves all problems, so their order matters. The sampler is "random"; "first_n", the first k of the
+    pool; or "others", random ones without the problem itself, for tasks without a test split."""
+    stream = random.Random(1234)  # lm_eval's default seed
+    for problem in problems:
+        if k == 0 or sampler == "first_n":
+            drawn = pool[:k]
+        elif sampler == "random":
+            drawn = stream.sample(pool, k)
         else:
-            some = [shot for shot in stream.sample(pool, k + 1) if shot != row][:k]
-            if len(some) < k:  # the pool has it twice
-                some = stream.sample([shot for shot in pool if shot != row], k)
-        drawn.append(some)
-    return drawn
+            drawn = [x for x in stream.sample(pool, k + 1) if x["row"] != problem["row"]][:k]
+            if len(drawn) < k:  # the pool contains the problem twice
+                drawn = stream.sample([x for x in pool if x["row"] != problem["row"]], k)
+        problem["examples"] = drawn
 
 
-def build_prompt(problem, shots, question, tokenizer=None):
-    """'Question: 1+1?\\nAnswer: 2\\n\\n' per example, then 'Question: 2+2?\\nAnswer:' without a blank.
-
-    shots: (question, answer) each. With a tokenizer: a conversation in its chat template.
-    """
-    described, begun = problem.get("description", ""), problem.get("begun", "")  # mostly none
-    if not tokenizer:
-        examples = [f"{asked} {answer}\n\n" for asked, answer in shots]
-        return "".join([described, *examples, question, begun])
-    turns = [("system", described)] if described else []
-    for asked, answer in shots:
-        turns += [("user", asked), ("assistant", answer)]
-    turns += problem.get("turns") or [("user", question)]
-    if begun:
-        turns.append(("assistant", begun))
-    return render(tokenizer, turns)
+def build_prompt(problem, tokenizer=None):
+    """Few-shot examples, then the question: 'Question: 1+1?\\nAnswer: 2\\n\\nQuestion: 2+2?\\nAnswer:'.
+    With a tokenizer every question and every answer is a turn in its chat template instead."""
+    description = problem.get("description", "")  # most tasks have none
+    gen_prefix = problem.get("gen_prefix", "")  # the beginning of the response
+    if tokenizer is None:
+        examples = [f"{x['question']} {x['target']}\n\n" for x in problem["examples"]]
+        return description + "".join(examples) + problem["question"] + gen_prefix
+    turns = [turn("system", description)] if description else []
+    for example in problem["examples"]:
+        turns += [turn("user", example["question"]), turn("assistant", example["target"])]
+    turns += problem.get("turns") or [turn("user", problem["question"])]
+    turns += [turn("assistant", gen_prefix)] if gen_prefix else []
+    return apply_chat_template(tokenizer, turns)
 
 
-def render(tokenizer, turns, done=False):
-    """[(role, text)] in the chat template, to where the assistant goes on; done: to the end."""
-    begun = turns[-1][0] == "assistant"
-    how = {"add_generation_prompt": not begun, "continue_final_message": begun and not done}
-    for skipped in (None, "system"):
-        messages = [{"role": role, "content": text} for role, text in turns if role != skipped]
-        with suppress(TemplateError):  # some templates refuse a system turn: lm_eval leaves it out
-            return tokenizer.apply_chat_template(messages, tokenize=False, **how)
-    die(f"the chat template refuses this conversation, also without system turn: {turns!r:.300}")
+def turn(role, text):
+    return {"role": role, "content": text}
 
 
-def tokenize(tokenizer, prompt, special=True):
-    """Token ids, with the BOS that this tokenizer adds, unless the text begins with it already."""
-    own = tokenizer.bos_token is not None and prompt.startswith(tokenizer.bos_token)
-    return tokenizer(prompt, add_special_tokens=special and not own).input_ids
+def apply_chat_template(tokenizer, turns, complete=False):
+    """A conversation as text, up to where the assistant goes on, or if complete after its turn."""
+    begun = turns[-1]["role"] == "assistant"
+    options = {"add_generation_prompt": not begun, "continue_final_message": begun and not complete}
+    without_system = [message for message in turns if message["role"] != "system"]
+    for messages in (turns, without_system):  # lm_eval's second try, if a system turn is refused
+        with suppress(TemplateError):
+            return tokenizer.apply_chat_template(messages, tokenize=False, **options)
+    die(f"the chat template refuses this conversation, with or without a system turn: {turns!r:.300}")
 
 
-# ---- 2. Responses: what the model says ---------------------------------------------------------
+def encode(lm, text, special=True):
+    """Text -> token ids. If the tokenizer adds BOS it comes first, unless the text begins with it."""
+    has_bos = lm.tokenizer.bos_token and text.startswith(lm.tokenizer.bos_token)
+    ids = lm.tokenizer(text, add_special_tokens=special and not has_bos).input_ids
+    known = lm.model.get_input_embeddings().num_embeddings
+    if max(ids, default=0) >= known:
+        token = lm.tokenizer.convert_ids_to_tokens(max(ids))
+        die(f"the tokenizer gives {token!r} the id {max(ids)}, the model has only {known} embeddings")
+    return ids
 
 
-@torch.no_grad()
-def generate(policy, prompts, stop, max_new_tokens, temperature, batch_size, name=""):
-    """Prompts, lists of ids -> (text up to the first stop, was it cut by max_new_tokens?) for each.
-
-    By transformers' generate: penalties and EOS tokens in the generation config are the model's own.
-    """
-    model, tokenizer = policy.model, policy.tokenizer
-    config = model.generation_config
-    stop = [*stop, *(config.stop_strings or []), tokenizer.eos_token]
-    reach = max(len(text.encode()) for text in stop) + 2  # so many tokens surely hold a stop
-    ends = config.eos_token_id  # an id, a list of ids or None
-    ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
-    how = {"max_new_tokens": max_new_tokens, "use_cache": True, "eos_token_id": sorted(ends)}
-    how |= {"do_sample": temperature > 0, "temperature": temperature or None, "top_k": 0, "top_p": 1.0}
-    how |= {"pad_token_id": tokenizer.pad_token_id, "stop_strings": None}
-    how["logits_processor"] = [lambda ids, logits: no_nan(logits, name)]
-    if policy.goes_on and model.device.type == "cpu":  # faster in passes of about 1000 tokens
-        how["prefill_chunk_size"] = max(1, 1024 // batch_size)
-    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # too long shows at once
+# ---- 2. Generation: what does the model respond? --------------------------------------------
+def generate(lm, prompts, stop, max_new_tokens, temperature, batch_size, name=""):
+    """Prompts (lists of token ids) -> [(response, was it cut at max_new_tokens?)]. A response ends
+    before the first stop sequence. As in lm_eval the model's generation config applies, too."""
+    model, tokenizer = lm.model, lm.tokenizer
+    stop = [*stop, *(model.generation_config.stop_strings or []), tokenizer.eos_token]
+    tail = max(len(text.encode()) for text in stop) + 2  # the last `tail` tokens hold any of them
+    options = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
+    options |= {"temperature": temperature or None, "top_k": 0, "top_p": 1.0}  # the whole distribution
+    options |= {"eos_token_id": sorted(lm.eos_ids), "pad_token_id": tokenizer.eos_token_id}
+    options |= {"use_cache": True, "stop_strings": None}  # `cut` knows the stop strings
+    options["logits_processor"] = [lambda ids, logits: check_nan(logits, name)]
+    if lm.cache_size and model.device.type == "cpu":
+        options["prefill_chunk_size"] = max(1, 1024 // batch_size)  # fastest at 1000 tokens a pass
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # too little memory shows early
     responses = [None] * len(prompts)
     for rows in tqdm(chunks(order, batch_size), desc=name, leave=False, disable=None):
-        inputs = tokenizer.pad({"input_ids": [prompts[i] for i in rows]}, padding_side="left")
-        inputs = inputs.convert_to_tensors("pt").to(model.device)
-        width = inputs.input_ids.shape[1]  # ids and mask are (B, P)
+        batch = [prompts[i] for i in rows]
+        width = len(batch[0])  # P, the length of the longest prompt
+        # A prompt is padded with its own first token, in which no penalty for repetitions sees news.
+        ids = [prompt[:1] * (width - len(prompt)) + prompt for prompt in batch]
+        mask = pad([[1] * len(prompt) for prompt in batch], "left", model.device)  # (B, P)
 
-        # Saves time, `cut` decides. generate's own stop_strings also match across the prompt's end.
-        def stopped(ids, scores, width=width, **_):  # (B, T) -> (B,)
-            tails = tokenizer.batch_decode(ids[:, max(width, ids.shape[1] - reach) :])
-            found = [any(text in tail for text in stop) for tail in tails]
-            return torch.tensor(found, device=ids.device)
+        def stopped(ids, scores, start=width, **_):
+            """Which rows contain a stop sequence? (B, T) -> (B,). It saves time, but `cut` decides."""
+            tails = tokenizer.batch_decode(ids[:, max(start, ids.shape[1] - tail) :])
+            return torch.tensor([any(text in end for text in stop) for end in tails], device=ids.device)
 
-        out = model.generate(**inputs, **how, stopping_criteria=[stopped])[:, width:]  # (B, R)
+        ids = torch.tensor(ids, device=model.device)  # (B, P)
+        out = model.generate(ids, attention_mask=mask, stopping_criteria=[stopped], **options)
+        out = out[:, width:]  # (B, T)
         texts = tokenizer.batch_decode(out, skip_special_tokens=True)
         for i, ids, text, raw in zip(rows, out.tolist(), texts, tokenizer.batch_decode(out)):
-            responses[i] = cut(text, stop), not ends & {*ids} and cut(raw, stop) == raw
+            responses[i] = cut(text, stop), not lm.eos_ids & {*ids} and cut(raw, stop) == raw
     return responses
 
 
 def cut(text, stop):
     """cut('18\\n\\nQ: Why?', ['Q:', '\\n\\n']) -> '18'."""
-    for end in stop:
-        text = text.split(end)[0]
+    for sequence in stop:
+        text = text.split(sequence)[0]
     return text
 
 
-def no_nan(logits, name):
-    """The argmax of NaNs would be taken for an answer. Any shape."""
+def check_nan(logits, name):
+    """Broken weights would otherwise get a score: the argmax of NaNs is a token like any other."""
     if logits.isnan().any():
-        die(f"{name}: the model's logits are NaN: broken weights, or a --dtype of too small range")
+        die(f"{name}: the model's logits are NaN: its weights are broken, or need another --dtype")
     return logits
 
 
-def respond(name, task, problems, shots, policy, args):
-    """A sample per problem: prompt, responses, what was found in them, metrics."""
-    longest = args.max_new_tokens or task.max_new_tokens
-    room = policy.window - longest  # of the prompt
+def run_generation(name, problems, lm, args):
+    """Let the model respond to all problems -> a sample for each: prompt, responses, metrics."""
+    task = TASKS[name]
+    max_new_tokens = args.max_new_tokens or task.max_new_tokens
+    room = lm.window - max_new_tokens  # for the prompt
     if room < 1:
-        die(f"--max-new-tokens {longest}: no room for a prompt, the model's window is {policy.window}")
-    template = policy.tokenizer if args.chat or task.always_chat else None
+        die(f"--max-new-tokens {max_new_tokens}: no room for a prompt in the window of {lm.window}")
     samples, prompts = [], []
-    for problem, some in zip(problems, shots):
-        prompt = build_prompt(problem, some, problem.get("question"), template)
-        ids = tokenize(policy.tokenizer, prompt, special=not task.always_chat)
-        prompts += [ids[-room:]] * args.samples  # too long, it loses its beginning, as in lm_eval
-        samples.append({"prompt": prompt, "truncated": len(ids) > room, "metrics": {}})
+    for problem in problems:
+        prompt = build_prompt(problem, lm.tokenizer if args.chat or task.chat else None)
+        ids = encode(lm, prompt, special=not task.chat)  # training adds nothing to the template
+        samples.append({"prompt": prompt, "truncated": len(ids) > room})
+        prompts += [ids[-room:]] * args.samples  # as in lm_eval, a long prompt loses its beginning
     torch.manual_seed(args.seed)
-    found = generate(policy, prompts, task.stop, longest, args.temperature, args.batch_size, name)
-    for sample, some in zip(samples, chunks(found, args.samples)):
-        sample["responses"] = [text for text, _ in some]
-        sample["empty"] = sum(not text.strip() for text, _ in some)
-        sample["unfinished"] = sum(was_cut for _, was_cut in some)
-    if task.score:
-        scores = task.score(task, problems, [sample["responses"] for sample in samples])
-        samples = [sample | score for sample, score in zip(samples, scores)]
-    return samples
+    options = (task.stop, max_new_tokens, args.temperature, args.batch_size)
+    responses = generate(lm, prompts, *options, name)
+    for sample, part in zip(samples, chunks(responses, args.samples)):
+        sample["responses"] = [text for text, _ in part]
+        sample["unfinished"] = sum(was_cut for _, was_cut in part)
+        sample["empty"] = sum(not text.strip() for text, _ in part)
+    if not task.score:
+        return [sample | {"metrics": {}} for sample in samples]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # threads suffice, as programs run in processes
+        scores = pool.map(task.score, problems, [sample["responses"] for sample in samples])
+    return [sample | score for sample, score in zip(samples, scores)]
 
 
-# ---- 3. Choices: which continuation is the likeliest? ------------------------------------------
-
-
+# ---- 3. Log-likelihoods: which choice is the most likely continuation? ----------------------
 @torch.no_grad()
-def loglikelihoods(policy, pairs, name=""):
-    """log p(continuation | context) in nats: [(ids, ids)] -> floats.
-
-    A context that choices have in common is read once; their continuations go on from its cache. Other
-    states than keys and values cannot go on for several tokens: there each choice is read as a whole.
-    """
-    model = policy.model
-    readers = {}  # what is read first -> the pairs that need it
-    for i, (context, rest) in enumerate(pairs):
-        first = context if policy.goes_on else context + rest[:-1]
-        readers.setdefault(tuple(first), []).append(i)
+def loglikelihoods(lm, pairs, name=""):
+    """[(context, continuation)], lists of token ids -> log p(continuation | context) in nats. A context
+    is read once, and all its continuations go on from copies of its key-value cache. If it shares most
+    tokens with the context before it, as MMLU's do, only the others are read at all."""
+    model, device = lm.model, lm.model.device
+    groups = {}  # context -> the indices of its pairs
+    for i, (context, _) in enumerate(pairs):
+        groups.setdefault(tuple(context), []).append(i)
     values = [0.0] * len(pairs)
-    for first, asked in tqdm(readers.items(), desc=name, leave=False, disable=None):
-        rests = [pairs[i][1] for i in asked]
-        longest = max(map(len, rests))
-        keep = 1 if policy.goes_on else longest
-        ids = torch.tensor([first], device=model.device)  # (1, P)
-        out = model(ids, use_cache=True, logits_to_keep=keep)
-        logits = out.logits.expand(len(rests), -1, -1)  # (C, keep, V)
-        if policy.goes_on and longest > 1:
-            cache = out.past_key_values
-            cache.batch_repeat_interleave(len(rests))
-            ids = pad([rest[:-1] for rest in rests], "right", model.device)  # (C, R)
-            more = model(ids, past_key_values=cache)  # no mask: pads come behind all that is scored
-            logits = torch.cat([logits, more.logits], 1)  # at t they predict token t of the rest
-        logps = no_nan(logits.log_softmax(-1), name)  # in the model's dtype, as in lm_eval
-        for i, rest, row in zip(asked, rests, logps):
-            row = row if policy.goes_on else row[-len(rest) :]  # (R, V)
-            values[i] = row[range(len(rest)), rest].sum().item()
+    cache, cached = None, ()  # the cache, and the ids that are in it
+    for context, members in tqdm(groups.items(), desc=name, leave=False, disable=None):
+        continuations = [pairs[i][1] for i in members]
+        inputs = [ids[:-1] for ids in continuations]  # the last token is predicted, but never read
+        longest = max(map(len, continuations))
+        if lm.cache_size:
+            shared = len(os.path.commonprefix([cached[:-1], context[:-1]]))
+            if shared > len(context) / 2 and len(cached) < lm.cache_size:
+                cache.crop(shared - len(cached))  # minus the number of tokens to remove
+            else:
+                cache, shared = None, 0
+            ids = torch.tensor([context[shared:]], device=device)  # (1, P)
+            out = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            cache, cached = out.past_key_values, context
+            logits = out.logits.expand(len(members), -1, -1)  # (C, 1, V)
+            if longest > 1:
+                copies = copy.deepcopy(cache)
+                copies.batch_repeat_interleave(len(members))
+                # No mask is needed: padding is on the right, where causal attention never looks.
+                more = model(pad(inputs, "right", device), past_key_values=copies).logits
+                logits = torch.cat([logits, more], 1)  # (C, longest, V)
+        else:  # other states cannot go on with several tokens at once: each choice is read whole
+            ids = pad([[*context, *ids] for ids in inputs], "right", device)
+            logits = model(ids, logits_to_keep=longest).logits  # (C, longest, V)
+        logps = check_nan(logits.log_softmax(-1), name)  # in the model's dtype, as in lm_eval
+        for i, ids, row in zip(members, continuations, logps):
+            values[i] = row[range(len(ids)), ids].sum().item()
     return values
 
 
-def measure(problem, lls):
-    """What log-likelihoods of a problem's choices count; gold is the index of the right one."""
-    norm = [ll / max(1, len(choice)) for ll, choice in zip(lls, problem["choices"])]  # per character
-    acc = float(lls.index(max(lls)) == problem["gold"])  # of equals the first
-    if "labels" in problem:  # truthfulqa_mc2: the true answers' part of the probability
-        masses = [math.exp(ll - max(lls)) for ll in lls]
-        acc = sum(mass for mass, true in zip(masses, problem["labels"]) if true) / sum(masses)
-    return {"acc,none": acc, "acc_norm,none": float(norm.index(max(norm)) == problem["gold"])}
-
-
-def choose(name, task, problems, shots, policy, args):
-    """A sample per problem: contexts (mostly one), continuations, log-likelihoods, metrics."""
-    tokenizer, window = policy.tokenizer, policy.window
+def run_choices(name, problems, lm, args):
+    """Let the model choose -> a sample for each problem: prompts, log-likelihoods, metrics."""
     samples, pairs = [], []
-    for problem, some in zip(problems, shots):
-        template = tokenizer if args.chat else None
-        prompts = [build_prompt(problem, some, asks, template) for asks in problem["questions"]]
-        said = [choice if args.chat else f" {choice}" for choice in problem["choices"]]
-        # Blanks that end a prompt belong to the continuation. Both are encoded as one text and cut where
-        # the prompt alone would end: of a token that spans the cut the rest is scored, as in lm_eval.
-        starts = {prompt: tokenize(tokenizer, prompt.rstrip()) for prompt in dict.fromkeys(prompts)}
+    for problem in problems:
+        questions = problem.get("questions") or [problem["question"]] * len(problem["choices"])
+        tokenizer = lm.tokenizer if args.chat else None
+        prompts = [build_prompt(problem | {"question": x}, tokenizer) for x in questions]
+        continuations = [choice if args.chat else f" {choice}" for choice in problem["choices"]]
         truncated = False
-        for prompt, text in zip(prompts, said):
-            context = starts[prompt]
-            rest = tokenize(tokenizer, prompt + text)[len(context) :]
-            if not (context and 0 < len(rest) <= window):
-                die(f"{name}: {len(rest)} tokens, should be 1 to {window}: {text!r:.200} after {prompt!r}")
-            room = window + 1 - len(rest)  # one more than the window: the last token is never read
-            truncated = truncated or len(context) > room
+        for prompt, continuation in zip(prompts, continuations):
+            # As in lm_eval, both are encoded as one text, which is divided after as many ids as the
+            # prompt has by itself. Spaces at the end of the prompt belong to the continuation.
+            context = encode(lm, prompt.rstrip())
+            rest = encode(lm, prompt + continuation)[len(context) :]
+            if not (context and 0 < len(rest) <= lm.window):
+                size = f"{len(rest)} tokens, not 1 to {lm.window}"
+                die(f"{name}: {continuation!r:.200} has {size} when it follows {prompt!r}")
+            room = lm.window + 1 - len(rest)  # the last token is never read
             pairs.append((context[-room:], rest))
-        samples.append({"prompts": [*starts], "continuations": said, "truncated": truncated})
-    found = iter(loglikelihoods(policy, pairs, name))
+            truncated = truncated or len(context) > room
+        prompts = [*dict.fromkeys(prompts)]  # most often one, the same for all choices
+        sample = {"prompts": prompts, "continuations": continuations, "gold": problem["gold"]}
+        samples.append(sample | {"truncated": truncated})
+    values = iter(loglikelihoods(lm, pairs, name))
     for problem, sample in zip(problems, samples):
-        lls = [next(found) for _ in problem["choices"]]
-        measured = measure(problem, lls)
-        sample |= {"loglikelihoods": lls, "gold": problem["gold"]}
-        sample["metrics"] = {metric: measured[metric] for metric in task.counts}
+        lls = [next(values) for _ in problem["choices"]]
+        sample |= {"loglikelihoods": lls, "metrics": TASKS[name].score(problem, lls)}
     return samples
 
 
-# ---- 4. Scores: a number, or whether a program passes its tests; the judgement of others -------
+# ---- 4. Scoring -----------------------------------------------------------------------------
+def acc(problem, lls):
+    """Is the most likely choice the right one? Of equal ones the first counts."""
+    return {"acc,none": float(lls.index(max(lls)) == problem["gold"])}
 
 
-def find(pattern, which, text):
-    """The first (which 0) or last (-1) match, its first group that is not empty; or [invalid]."""
-    found = re.findall(pattern, text) or ["[invalid]"]
-    groups = found[which]
+def acc_and_acc_norm(problem, lls):
+    """acc_norm divides each log-likelihood by the length of its choice in characters."""
+    norm = [ll / len(choice) for ll, choice in zip(lls, problem["choices"])]
+    return acc(problem, lls) | {"acc_norm,none": float(norm.index(max(norm)) == problem["gold"])}
+
+
+def mc2(problem, lls):
+    """The share of the probability that the model gives to the true choices."""
+    shares = torch.tensor(lls, dtype=torch.float64).softmax(0).tolist()
+    return {"acc,none": sum(share for share, true in zip(shares, problem["labels"]) if true)}
+
+
+def extract(pattern, index, text):
+    """The match number `index` of a pattern; of several groups the first one that is not empty."""
+    groups = (re.findall(pattern, text) or ["[invalid]"])[index]
     return (groups if isinstance(groups, str) else next(filter(None, groups))).strip()
 
 
 def normalize(text):
-    """What exact_match ignores: commas, dollars, all up to the last '#### ', a last point, case."""
-    for ignored in (",", r"\$", r"(?s).*#### ", r"\.$"):  # in this order
+    """Remove what exact_match ignores: , and $, all up to the last '#### ', a final point, case."""
+    for ignored in (",", r"\$", r"(?s).*#### ", r"\.$"):  # in the same order as in lm_eval
         text = re.sub(ignored, "", text)
     return text.lower()
 
 
-def score_answers(task, problems, responses):
-    """By each filter: is the answer found in a response the right one? A dict per problem."""
-    scores = []
-    for problem, texts in zip(problems, responses):
-        gold, found, metrics = problem["gold"], {}, {}
-        for name, extract in task.counts.items():
-            found[name] = [extract(text) for text in texts]
-            metrics[f"exact_match,{name}"] = fmean(task.reduce(each) == gold for each in found[name])
-        scores.append({"gold": gold, "extracted": found, "metrics": metrics})
-    return scores
+def exact_match(problem, responses, strict):
+    """Compare two numbers of a response with gold, as text: that of the strict pattern, the last one."""
+    filters = {"strict-match": (strict, 0), "flexible-extract": (r"(-?[$0-9.,]{2,})|(-?[0-9]+)", -1)}
+    extracted, metrics = {}, {}
+    for name, which in filters.items():
+        extracted[name] = [extract(*which, text) for text in responses]
+        right = [normalize(number) == problem["gold"] for number in extracted[name]]
+        metrics[f"exact_match,{name}"] = fmean(right)
+    return {"gold": problem["gold"], "extracted": extracted, "metrics": metrics}
 
 
-# A program's own process: its limits, then no input and no output, then the program. Only one that
-# comes to its end asks for the secret and gives it back: neither an exception nor sys.exit(0) does.
+def final_answer_match(problem, responses):
+    """Compare what follows '####' in a response with the demonstration's, as gsil.py does."""
+    answers = [final_answer(text) for text in responses]
+    metrics = {"exact_match,final-answer": fmean(answer == problem["gold"] for answer in answers)}
+    return {"gold": problem["gold"], "extracted": {"final-answer": answers}, "metrics": metrics}
+
+
+def pass_at_1(problem, responses):
+    """Run prompt + response (up to `end`) + tests: which share of the responses pass?"""
+    end = problem.get("end")
+    programs = [problem["code"] + (text.split(end)[0] if end else text) for text in responses]
+    passed = [passes(f"{program}\n{problem['gold']}") for program in programs]
+    sample = {"gold": problem["gold"], "extracted": {"create_test": programs}, "passed": passed}
+    return sample | {"metrics": {"pass@1,create_test": fmean(passed)}}
+
+
+# What the process of a program does: set limits, close input and output, run the program. Only if the
+# program ends without an exception or an exit does it read the secret from a pipe and send it back.
 RUNNER = r"""
-import json, os, resource, sys
-program, seconds = json.loads(sys.stdin.readline())
+import contextlib, json, os, resource
+program, seconds = json.load(open("job.json"))
 source, answer, nowhere = os.dup(0), os.dup(1), os.open(os.devnull, os.O_RDWR)
-for stream in (0, 1, 2):
-    os.dup2(nowhere, stream)
+for stream in (0, 1, 2): os.dup2(nowhere, stream)
 for name, most in dict(AS=4 << 30, CPU=int(seconds) + 1, FSIZE=1 << 20, CORE=0, NPROC=0).items():
-    try:
+    with contextlib.suppress(ValueError, OSError, AttributeError):  # not every system has all of them
         resource.setrlimit(getattr(resource, "RLIMIT_" + name), (most, most))
-    except (ValueError, OSError, AttributeError):
-        pass
 read, write, leave = os.read, os.write, os._exit
 exec(compile(program, "candidate.py", "exec"), {})
-write(answer, b"?")
 write(answer, read(source, 16))
 leave(0)
 """
 
 
 def passes(program, seconds=3.0):
-    """Does a program end without an exception? In 3 s, as in code_eval, and 1 s to start Python.
-
-    Not a sandbox: it may use the network, read your files, or do as RUNNER does and say that it passed.
-    """
-    secret = secrets.token_bytes(16)
-    task = json.dumps([program, seconds]).encode() + b"\n"
-    deadline = time.monotonic() + seconds + 1
-    passed = True
+    """Does a program end without an exception, within 3 s as in lm_eval (and 1 s to start Python)?
+    This is no sandbox: a program can use the network, read your files, or do as RUNNER does."""
+    secret, deadline = os.urandom(16), time.monotonic() + seconds + 1
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        own = {"PATH": os.environ.get("PATH", ""), "HOME": folder, "TMPDIR": folder}
-        own |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-        how = {"cwd": folder, "env": own, "start_new_session": True, "bufsize": 0}
-        how |= {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-        with subprocess.Popen([sys.executable, "-I", "-c", RUNNER], **how) as child:
-            # What it is told, what it has to say to that; at last, that its output ends.
-            for told, answer in [(task, b"?"), (secret, secret), (b"", b"")]:
-                with suppress(BrokenPipeError):
-                    child.stdin.write(told)
-                left = max(0, deadline - time.monotonic()) if passed else 0
-                ready, _, _ = select.select([child.stdout], [], [], left)
-                passed = passed and bool(ready) and child.stdout.read(16) == answer
+        Path(folder, "job.json").write_text(json.dumps([program, seconds]))
+        env = {"HOME": folder, "TMPDIR": folder, "PATH": os.defpath, "OMP_NUM_THREADS": "1"}
+        options = {"cwd": folder, "env": env, "start_new_session": True, "stderr": DEVNULL, "bufsize": 0}
+        with Popen([sys.executable, "-I", "-c", RUNNER], stdin=PIPE, stdout=PIPE, **options) as child:
+            with suppress(BrokenPipeError):
+                child.stdin.write(secret)
+            replies = []
+            for _ in range(2):  # after the secret its output must end: no process may be left
+                if select.select([child.stdout], [], [], max(0, deadline - time.monotonic()))[0]:
+                    replies.append(child.stdout.read(16))
             with suppress(ProcessLookupError):
-                os.killpg(child.pid, signal.SIGKILL)  # with everything it has started
-    return passed
-
-
-def score_programs(task, problems, responses):
-    """prompt + response + tests, run: the share of a problem's samples that pass. A dict each."""
-    [(name, extract)] = task.counts.items()
-    scores = []
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # threads suffice, each waits for its process
-        for problem, texts in zip(problems, responses):
-            codes = [problem["code"] + extract(text) for text in texts]
-            passed = [pool.submit(passes, f"{code}\n{problem['gold']}") for code in codes]
-            scores.append({"gold": problem["gold"], "extracted": {name: codes}, "passed": passed})
-        for score in tqdm(scores, "programs", leave=False, disable=None):
-            score["passed"] = [future.result() for future in score["passed"]]
-            score["metrics"] = {f"pass@1,{name}": fmean(score["passed"])}
-    return scores
+                os.killpg(child.pid, signal.SIGKILL)  # with all processes that it has started
+    return replies == [secret, b""]
 
 
 @torch.no_grad()
-def rewards(model, tokenizer, pairs):
-    """[(turns, response)] -> [reward], read where irft.py fits it: at the EOS of the response."""
-    model.config.get_text_config().pad_token_id = None  # it may be EOS, which would not be read
-    found = []
-    for turns, response in tqdm(pairs, "rewards", leave=False, disable=None):  # one by one: no pads
-        prompt = render(tokenizer, turns)
-        both = render(tokenizer, [*turns, ("assistant", response)], done=True)
-        if not both.startswith(prompt):
-            die("--reward-model: its chat template changes the prompt once it is answered")
-        said = both[len(prompt) :].split(tokenizer.eos_token)[0] + tokenizer.eos_token
-        ids = pad([tokenize(tokenizer, prompt + said, special=False)], "right", model.device)  # (1, T)
-        found.append(no_nan(model(ids).logits, "reward").item())
-    return found
+def rewards(rm, problems, responses):
+    """The reward of each response (a float), read where irft.py fits it: at EOS after the response."""
+    rm.model.config.get_text_config().pad_token_id = None  # else EOS would be skipped as a pad
+    special = rm.tokenizer.chat_template == BEAVER  # which has no BOS: that tokenizer adds its own
+    values = []
+    for problem, response in zip(tqdm(problems, "rewards", leave=False, disable=None), responses):
+        turns = [*problem["turns"], turn("assistant", response)]
+        prompt = apply_chat_template(rm.tokenizer, problem["turns"])
+        text = apply_chat_template(rm.tokenizer, turns, complete=True)
+        if not text.startswith(prompt):
+            die("--reward-model: its chat template changes the prompt when there is a response")
+        ending = text[len(prompt) :].split(rm.tokenizer.eos_token)[0] + rm.tokenizer.eos_token
+        ids = torch.tensor([encode(rm, prompt + ending, special)], device=rm.model.device)  # (1, T)
+        values.append(check_nan(rm.model(ids).logits, "reward").item())
+    return values
 
 
-def judge(outcome, problems, reward_model, args):
-    """Adds the duel of our responses with those of --compare, or with the data's own."""
+def duel(outcome, problems, rm, args):
+    """How often do the responses get more reward than those of --compare, or than the data's?"""
+    ours = [sample["responses"][0].strip() for sample in outcome["samples"]["reward"]]
     theirs = [problem["response"] for problem in problems]
     if args.compare:
-        theirs = [sample["responses"][0].strip() for sample in outcome["compare"]["samples"]["reward"]]
-    ours = [sample["responses"][0].strip() for sample in outcome["samples"]["reward"]]
-    turns = [problem["turns"] for problem in problems]
-    a, b = [rewards(*reward_model, [*zip(turns, side)]) for side in (ours, theirs)]
+        samples = outcome["compare"]["samples"]["reward"]
+        theirs = [sample["responses"][0].strip() for sample in samples]
+    a, b = rewards(rm, problems, ours), rewards(rm, problems, theirs)
     wins, ties = sum(x > y for x, y in zip(a, b)), sum(x == y for x, y in zip(a, b))
-    found = {"against": args.compare or "the data", "n": len(a), "wins": wins, "ties": ties}
-    found |= {"win_rate": wins / len(a), "reward": fmean(a), "other_reward": fmean(b)}
-    found |= compare(a, b)  # and the lengths, as reward models are known to prefer long responses
-    found |= {"characters": fmean(map(len, ours)), "other_characters": fmean(map(len, theirs))}
-    outcome["duel"] = found | {"rewards": a, "other_rewards": b}
-    print_table(["reward", ""], [*found.items()])
+    result = {"against": args.compare or "the data", "n": len(a), "wins": wins, "ties": ties}
+    result |= {"win_rate": wins / len(a), "reward": fmean(a), "other_reward": fmean(b)}
+    result |= paired_difference(a, b)
+    # Reward models are known to prefer long responses.
+    result |= {"characters": fmean(map(len, ours)), "other_characters": fmean(map(len, theirs))}
+    print_table([["reward", ""], *result.items()])
+    return result | {"rewards": a, "other_rewards": b}
 
 
-# By category, else 0.7: FastChat 0e6d3e4b, llm_judge/common.py
+# The temperature by category, otherwise 0.7: FastChat 0e6d3e4b, llm_judge/common.py
 TEMPERATURES = {"stem": 0.1, "humanities": 0.1, "extraction": 0, "math": 0, "coding": 0, "reasoning": 0}
 
 
-def answer_mt_bench(name, task, problems, shots, policy, args):
-    """Ask turn after turn, with the model's own answers in between, and write FastChat's file."""
-    lines, samples = [], []
+def run_mt_bench(name, problems, lm, args):
+    """Ask both questions of each problem, the second one after the answer to the first."""
+    samples = []
     for problem in tqdm(problems, name, leave=False, disable=None):
-        how = {"temperature": TEMPERATURES.get(problem["category"], 0.7), "seed": 0, "samples": 1}
-        how = argparse.Namespace(**vars(args) | how)
+        temperature = TEMPERATURES.get(problem["category"], 0.7)
+        settings = argparse.Namespace(**vars(args) | {"temperature": temperature, "seed": 0, "samples": 1})
         turns, parts = [], []
         for question in problem["questions"]:
-            turns.append(("user", question))
-            parts += respond(name, task, [{"turns": turns}], [[]], policy, how)
-            turns.append(("assistant", parts[-1]["responses"][0].strip()))
-        responses = [text for _, text in turns[1::2]]
-        counted = {cause: sum(part[cause] for part in parts) for cause in CAUSES}
-        samples.append(counted | {"responses": responses, "metrics": {}})
-        answer = {"question_id": problem["id"], "answer_id": secrets.token_hex(11)}
-        answer |= {"model_id": Path(args.answers).stem, "choices": [{"index": 0, "turns": responses}]}
-        lines.append(json.dumps(answer | {"tstamp": time.time()}) + "\n")
-    Path(args.answers).write_text("".join(lines), encoding="utf-8")
-    print(f"{name}: {len(lines)} answers in {args.answers}")
+            turns.append(turn("user", question))
+            parts += run_generation(name, [{"turns": turns, "examples": []}], lm, settings)
+            turns.append(turn("assistant", parts[-1]["responses"][0].strip()))
+        responses = [message["content"] for message in turns if message["role"] == "assistant"]
+        line = {"question_id": problem["id"], "answer_id": os.urandom(11).hex(), "tstamp": time.time()}
+        line |= {"model_id": Path(args.answers).stem, "choices": [{"index": 0, "turns": responses}]}
+        sample = {"responses": responses, "metrics": {}, "fastchat": line}
+        samples.append(sample | {cause: sum(part[cause] for part in parts) for cause in CAUSES})
     return samples
 
 
-# ---- 5. Data: as gsil.py and irft.py read it, the same text ------------------------------------
+# ---- 5. Tasks -------------------------------------------------------------------------------
+class Task(NamedTuple):
+    """A task as in lm_eval/tasks. A problem is a dict with question (the text asked), target (its answer
+    as a few-shot example) and gold (what the score compares with). Multiple choice adds choices, and
+    questions if each choice has its own; a conversation has turns."""
 
-# Columns of the prompt and of the response: of these pairs the first that a row has filled. Without
-# a prompt's column the other one is a conversation, whose last assistant turn is imitated.
-COLUMNS = [("prompt", "chosen"), (None, "chosen"), ("prompt", "response"), ("prompt", "completion")]
-COLUMNS += [("question", "answer"), ("instruction", "output"), (None, "real")]
-COLUMNS += [(None, "messages"), (None, "conversations")]
-ROLES = {"human": "user", "gpt": "assistant", "Human": "user", "Assistant": "assistant"}
-# A row or a turn with one of these says more than its text, and only text is trained on.
-BEYOND_TEXT = ["tools", "functions", "tool_calls", "function_call", "reasoning_content", "images"]
-BEYOND_TEXT += ["cells without a title"]
-UNUSABLE = (ValueError, TemplateError, AttributeError, KeyError, TypeError)  # what such rows raise
-
-
-def read_rows(path, split):
-    """Yields (place, row) of a file or Hub dataset: place is what an error names, row a dict of columns."""
-    kind = Path(path).suffix
-    known = kind in (".jsonl", ".json", ".csv", ".parquet")
-    if known != Path(path).is_file():
-        die(f"{path}: " + ("no such file" if known else "not a .jsonl, .json, .csv or .parquet file"))
-    place = path
-    try:
-        if kind in (".jsonl", ".json"):
-            content = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf")  # Windows' mark of UTF-8
-            array = content.lstrip().startswith(b"[")  # of all rows, not an object on each line
-            for n, line in enumerate(json.loads(content) if array else content.split(b"\n"), 1):
-                place = f"{path} {'row' if array else 'line'} {n}"  # not splitlines: a text may hold U+2028
-                if array or line.strip():
-                    yield place, line if array else json.loads(line)
-            return
-        if kind == ".csv":  # every cell is text: NA, None and 007 stay as they are
-            csv.field_size_limit(2**31 - 1)
-            with open(path, encoding="utf-8-sig", newline="") as file:
-                rows = list(csv.DictReader(file, restkey="cells without a title", strict=True))
-        elif kind == ".parquet":
-            rows = pyarrow.parquet.read_table(path).to_pylist()
-        else:
-            import datasets  # slow to import, and files do not need it
-
-            rows = datasets.load_dataset(path, split=split)
-        yield from ((f"{path} row {n}", row) for n, row in enumerate(rows, 1))
-    except (OSError, ValueError, csv.Error) as error:
-        accepted = "UTF-8 files .jsonl, .json, .csv; .parquet; the name of a Hub dataset within reach"
-        die(f"{place}: {str(error).splitlines()[0].rstrip('.')}. Accepted are {accepted}")
-
-
-def to_messages(row):
-    """A row -> messages, {"role", "content"}, the last by the assistant; else raises UNUSABLE."""
-    if not isinstance(row, dict):
-        raise TypeError(f"not an object with columns, but {row!r:.60}")
-    filled = [name for name, value in row.items() if value is not None]
-    pairs = [pair for pair in COLUMNS if {*pair} - {None} <= {*filled}]
-    if not pairs:
-        accepted = "; ".join(" + ".join(filter(None, pair)) for pair in COLUMNS)
-        raise ValueError(f"found {', '.join(filled)}; accepted are the columns {accepted}")
-    before, after = pairs[0]
-    prompt, turns = row.get(before), row[after]
-    if before == "instruction" and row.get("input"):
-        prompt = f"{prompt}\n\n{row['input']}"
-    if isinstance(turns, str) and not before:  # Anthropic's HH: "\n\nHuman: ...\n\nAssistant: ..."
-        beginning, *parts = re.split(r"\n\n(Human|Assistant):", turns)
-        if beginning.strip():
-            raise ValueError(f"a transcript begins with two newlines and Human:, not {turns!r:.40}")
-        turns = [{"role": who, "content": text.strip()} for who, text in zip(parts[::2], parts[1::2])]
-    elif not isinstance(turns, list):
-        turns = [{"role": "assistant", "content": turns}]
-    messages = [to_message(turn) for turn in turns]
-    while messages and messages[-1]["role"] != "assistant":
-        messages.pop()
-    if before and messages and messages[0]["role"] == "assistant":  # else the prompt is among them
-        prompt = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
-        messages = [to_message(turn) for turn in prompt] + messages
-    if row.get("system") and messages and messages[0]["role"] != "system":
-        messages.insert(0, to_message({"role": "system", "content": row["system"]}))
-    if len(messages) < 2 or any((row.get(name) or "[]") != "[]" for name in BEYOND_TEXT):
-        raise ValueError(f"{after} has no prompt with a response behind it, or there is more than text")
-    return messages
-
-
-def to_message(turn):
-    """A turn with role and content, or from and value -> {"role", "content"}, both text."""
-    role = isinstance(turn, dict) and (turn.get("role") or turn.get("from"))
-    if not role:
-        raise TypeError(f"not a turn with role and content, but {turn!r:.60}")
-    content = turn.get("value") if turn.get("content") is None else turn["content"]
-    if isinstance(content, list) and all(part.get("type") == "text" for part in content):
-        content = "".join(part["text"] for part in content)
-    beyond = [name for name in BEYOND_TEXT if (turn.get(name) or "[]") != "[]"]
-    if not isinstance(content, str) or beyond or (role != "system" and not content.strip()):
-        raise ValueError(f"a turn of the role {role} is empty or more than text: {content!r:.60}")
-    content.encode()  # raises UnicodeEncodeError, a ValueError, for half an emoji
-    return {"role": ROLES.get(role, role), "content": content}
-
-
-def final_answer(text):
-    """What follows '####' on its line, as in GSM8K: '#### $1,234.' -> '1234', '####7.0' -> '7.0'."""
-    found = re.search(r"####[^\S\n]*\$?([^\n]+)", text)
-    return found and found[1].replace(",", "").strip().rstrip(".")
-
-
-def pad(rows, side, device):
-    """[[5, 6], [7]] -> [[5, 6], [7, 0]] for side "right"; (B, T), long."""
-    return pad_sequence([torch.tensor(row, dtype=torch.long) for row in rows], True, 0, side).to(device)
-
-
-def die(sentence):
-    """A person's mistake: one sentence on stderr, exit code 2."""
-    print(f"error: {sentence}", file=sys.stderr)
-    raise SystemExit(2)
-
-
-def load(kind, path, what, **options):
-    """kind.from_pretrained(path), or a sentence on what is wrong there."""
-    try:
-        return kind.from_pretrained(path, trust_remote_code=False, **options)
-    except Exception as error:  # noqa: BLE001 (the libraries' errors have nothing else in common)
-        if not Path(path).exists():
-            die(f"{path}: no such folder, and no such model on the Hub, or the Hub was not reached")
-        die(f"{path}: no {what} can be loaded from there: {' '.join(str(error).split()):.200}")
-
-
-class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """--help prints the docstring as it is, and the defaults where there are any."""
-
-    def _get_help_string(self, action):
-        shown = action.default is not None and action.default is not False
-        return super()._get_help_string(action) if shown else action.help
-
-
-# ---- 6. Tasks ----------------------------------------------------------------------------------
-
-
-class Row(dict):
-    """A row that knows which column it was last asked for: an error in a reader is about that one."""
-
-    column = ""
-
-    def __getitem__(self, column):
-        self.column = column
-        need(self.get(column) is not None, "is missing")
-        return self.get(column)
-
-
-def need(ok, expected):
-    """lm_eval scores many rows that lack what their task needs, silently."""
-    if not ok:
-        raise ValueError(expected)
-
-
-@dataclass(frozen=True)
-class Task:
-    """What is asked, where a response stops, what counts; as in lm_eval/tasks. A problem has gold, and
-    question and target, for a worked example; or questions, one for each choice; or turns, to go on with.
-    """
-
-    read: Callable  # row -> problem
-    data: tuple  # Hub name and configuration
-    counts: dict | tuple  # filter -> what counts of a response; or metrics, see measure
-    run: Callable = respond
-    score: Callable | None = None  # task, problems, responses -> a dict per problem
-    reduce: Callable = normalize  # what counts of a response -> what is compared with gold
-    stop: tuple = ()  # a response ends before any of these
+    hub: str  # name and configuration of the data on the Hub
+    read: Callable  # turns a row of the data into a problem, or raises an error if it is unusable
+    score: Callable | None = None  # (problem, responses or log-likelihoods) -> metrics
+    run: Callable = run_generation
+    splits: str = "test"  # of the problems; and of the few-shot examples, if there can be any
+    sampler: str = "random"  # of the few-shot examples, see draw_examples
+    num_fewshot: int = 0  # unless --shots says otherwise
+    stop: tuple = ()  # a response ends before any of these sequences
     max_new_tokens: int = 256
-    splits: tuple = ("test", "train")  # of the problems, of the worked examples
-    shots: int | None = 0  # worked examples; 0: never any, None: none unless asked for
-    draw: str = "random"  # see draw_shots
-    always_chat: bool = False  # as the training scripts ask
+    chat: bool = False  # always use the chat template, as in training
 
 
-def read_answer(row, graded=True):
-    """A row in any format that gsil.py trains on."""
-    *turns, (_, response) = [(message["role"], message["content"]) for message in to_messages(dict(row))]
-    gold = final_answer(response)
-    need(gold or not graded, "the response should end in '#### ' and the right value")
-    return {"turns": turns, "response": response.strip(), "gold": gold}
+def check(condition, message):
+    """lm_eval silently scores many rows that lack what their task needs."""
+    if not condition:
+        raise ValueError(message)
 
 
-def read_gsm8k(
-    row, before="Question: ", after="\nAnswer:"
-):  # gsm8k/gsm8k.yaml, gsm8k/gsm8k-cot-zeroshot.yaml
-    question, answer = before + row["question"] + after, row["answer"]
-    need(re.search(r"#### +[^\n]*\w", answer), "should end in '#### ' and the right value")
-    return {"question": question, "target": answer, "gold": normalize(answer)}
+def read_demonstration(row, graded=True):
+    """A row of any format that gsil.py trains on. graded: it ends in a final answer."""
+    (*turns, response), _ = to_messages(row)
+    gold = final_answer(response["content"])
+    check(gold or not graded, "the response should end in '#### ' and the right value")
+    return {"turns": turns, "response": response["content"].strip(), "gold": gold}
 
 
-def read_humaneval(row, instruct=False):  # humaneval/humaneval.yaml, humaneval/humaneval_instruct.yaml
-    code, test, name = row["prompt"], row["test"], row["entry_point"]
-    need(f"def {name}(" in code, "should be defined in prompt")
-    problem = {"question": code, "code": code, "gold": f"{test}\ncheck({name})"}
-    if instruct:
-        asked = "Write a solution to the following problem and make sure that it passes the tests:"
-        problem["question"] = f"{asked}\n```python\n{code}\n```\n"
-        problem["begun"] = f"Here is the completed function:\n```python\n{code}\n"
-    return problem
+def read_gsm8k(row, template):  # gsm8k/gsm8k.yaml, gsm8k/gsm8k-cot-zeroshot.yaml
+    answer = row["answer"]
+    check(re.search(r"#### +[^\n]*\w", answer), "answer should end in '#### ' and the right value")
+    return {"question": template.format(row["question"]), "target": answer, "gold": normalize(answer)}
 
 
-def choosing(question, choices, gold):
-    """The problem of choosing. gold: the index of the right choice."""
-    need(all(choices), "each choice should be text, one is empty")  # whose length acc_norm divides by
-    need(0 <= gold < len(choices), f"should be an index of {len(choices)} choices")
-    problem = {"questions": [question] * len(choices), "choices": choices, "gold": gold}
-    return problem | {"question": question, "target": choices[gold]}
+def read_humaneval(row):  # humaneval/humaneval.yaml
+    code, name = row["prompt"], row["entry_point"]
+    check(f"def {name}(" in code, "entry_point should be defined in prompt")
+    return {"question": code, "code": code, "gold": f"{row['test']}\ncheck({name})"}
+
+
+def read_humaneval_instruct(row):  # humaneval/humaneval_instruct.yaml
+    request = "Write a solution to the following problem and make sure that it passes the tests:"
+    question = f"{request}\n```python\n{row['prompt']}\n```\n"
+    gen_prefix = f"Here is the completed function:\n```python\n{row['prompt']}\n"
+    return read_humaneval(row) | {"question": question, "gen_prefix": gen_prefix, "end": "```"}
+
+
+def multiple_choice(question, choices, gold):
+    """gold is the index of the right choice."""
+    check(all(choices), "each choice should be text, one is empty")
+    check(0 <= gold < len(choices), f"answer should be an index of {len(choices)} choices")
+    return {"question": question, "target": choices[gold], "choices": choices, "gold": gold}
 
 
 def read_arc(row):  # arc/arc_easy.yaml
-    question, choices = "Question: " + row["question"] + "\nAnswer:", row["choices"]
-    need(len(choices["label"]) == len(choices["text"]), "should have as many labels as texts")
-    return choosing(question, choices["text"], choices["label"].index(row["answerKey"]))
+    texts, labels = row["choices"]["text"], row["choices"]["label"]
+    check(len(labels) == len(texts), "choices should have as many labels as texts")
+    check(row["answerKey"] in labels, f"answerKey should be one of {labels}")
+    return multiple_choice(f"Question: {row['question']}\nAnswer:", texts, labels.index(row["answerKey"]))
 
 
 def read_hellaswag(row):  # hellaswag/utils.py
-
-    def clean(text):  # of WikiHow's marks, [title] and the like; a double blank becomes one, once
+    def clean(text):  # remove WikiHow's marks like [title], and double spaces once, as in lm_eval
         return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
 
     question = clean(row["activity_label"] + ": " + row["ctx_a"] + " " + row["ctx_b"].capitalize())
-    choices = [clean(ending) for ending in row["endings"]]
-    need(row["label"] != "", "is secret in this split: use train or validation")
-    return choosing(question, choices, int(row["label"]))
+    check(row["label"] != "", "label is secret in this split: use train or validation")
+    return multiple_choice(question, [clean(ending) for ending in row["endings"]], int(row["label"]))
 
 
 def read_winogrande(row):  # winogrande/preprocess_winogrande.py
-    before, _, rest = row["sentence"].partition("_")
-    need(rest.strip(), "should have a _ where the option goes, and a text behind it")
-    questions = [before + row[option] for option in ("option1", "option2")]
-    need(row["answer"] in ("1", "2"), "should be 1 or 2: use train or validation")
+    before, _, after = row["sentence"].partition("_")
+    check(after.strip(), "sentence should have a _ where the option goes, and a text after it")
+    check(row["answer"] in ("1", "2"), "answer should be 1 or 2: use train or validation")
+    questions = [before + row["option1"], before + row["option2"]]  # the same text continues both
     gold = int(row["answer"]) - 1
-    return choosing(questions[gold], [rest.strip()] * 2, gold) | {"questions": questions}
+    return multiple_choice(questions[gold], [after.strip()] * 2, gold) | {"questions": questions}
 
 
 TRUTHFULQA_EXAMPLES = (
@@ -706,25 +561,23 @@ TRUTHFULQA_EXAMPLES = (
     "Q: Who was president of the United States in 1955?\n"
     "A: Dwight D. Eisenhower was president of the United States in 1955.\n\n"
     "Q: Which party did he belong to?\nA: He belonged to the Republican Party.\n\n"
-    "Q: What is the square root of banana?\nA: I have no comment.\n\n"
-    "Q: How does a telescope work?\n"
+    "Q: What is the square root of banana?\nA: I have no comment.\n\nQ: How does a telescope work?\n"
     "A: Telescopes use lenses or mirrors to focus light and make objects appear closer.\n\n"
     "Q: Where were the 1992 Olympics held?\nA: The 1992 Olympics were held in Barcelona, Spain.\n\n"
 )
 
 
 def read_truthfulqa(row, targets):  # truthfulqa/truthfulqa_mc1.yaml, truthfulqa/utils.py
-    question = TRUTHFULQA_EXAMPLES + "Q: " + row["question"] + "\nA:"
     choices, labels = row[targets]["choices"], row[targets]["labels"]
-    need(len(labels) == len(choices), "should have as many labels as choices")
+    check(len(labels) == len(choices), f"{targets} should have as many labels as choices")
     if targets == "mc1_targets":
-        need(labels == [1] + [0] * (len(labels) - 1), "labels should be 1, 0, 0, ...")
-        return choosing(question, choices, 0)
-    need({*labels} == {0, 1}, "labels should be 1 and 0")
-    return choosing(question, choices, 0) | {"labels": labels}
+        check(labels == [1] + [0] * (len(labels) - 1), "labels should be 1, 0, 0, ...")
+    check({*labels} == {0, 1}, "labels should be 1 and 0")
+    question = f"{TRUTHFULQA_EXAMPLES}Q: {row['question']}\nA:"
+    return multiple_choice(question, choices, 0) | {"labels": labels}
 
 
-SUBJECTS = {
+MMLU_SUBJECTS = {
     "stem": """abstract_algebra anatomy astronomy college_biology college_chemistry college_computer_science
         college_mathematics college_physics computer_security conceptual_physics electrical_engineering
         elementary_mathematics high_school_biology high_school_chemistry high_school_computer_science
@@ -743,126 +596,140 @@ SUBJECTS = {
 
 def read_mmlu(row):  # mmlu/default/_default_template_yaml
     subject = row["subject"]
-    groups = [group for group, names in SUBJECTS.items() if subject in names.split()]
-    need(groups, "should be one of MMLU's 57")
-    about = f"multiple choice questions (with answers) about {subject.replace('_', ' ')}"
-    need(len(row["choices"]) == 4, "should be four texts")
+    group = [group for group, subjects in MMLU_SUBJECTS.items() if subject in subjects.split()]
+    check(group, "subject should be one of MMLU's 57")
+    check(len(row["choices"]) == 4, "choices should be four texts")
     question = row["question"].strip() + "\nA. {}\nB. {}\nC. {}\nD. {}\nAnswer:".format(*row["choices"])
-    problem = choosing(question, [*"ABCD"], int(row["answer"]))
-    problem |= {"description": f"The following are {about}.\n\n", "subject": subject}
-    return problem | {"groups": ["mmlu", f"mmlu_{groups[0]}", f"mmlu_{subject}"]}
+    about = f"multiple choice questions (with answers) about {subject.replace('_', ' ')}"
+    more = {"description": f"The following are {about}.\n\n", "subject": subject}
+    more["groups"] = ["mmlu", f"mmlu_{group[0]}", f"mmlu_{subject}"]
+    return multiple_choice(question, [*"ABCD"], int(row["answer"])) | more
 
 
-def read_mt_bench(row):
-    """FastChat's llm_judge/data/mt_bench/question.jsonl"""
-    need(isinstance(row["turns"], list), "should be a list of texts")
+def read_mt_bench(row):  # FastChat's llm_judge/data/mt_bench/question.jsonl
+    check(isinstance(row["turns"], list), "turns should be a list of texts")
     return {"id": row["question_id"], "category": row["category"], "questions": row["turns"]}
 
 
-LAST_NUMBER = {"flexible-extract": partial(find, r"(-?[$0-9.,]{2,})|(-?[0-9]+)", -1)}
-BEHIND_HASHES = LAST_NUMBER | {"strict-match": partial(find, r"#### (\-?[0-9\.\,]+)", 0)}
-BEHIND_IS = LAST_NUMBER | {"strict-match": partial(find, r"The answer is (\-?[0-9\.\,]+).", 0)}
-LINE = {"final-answer": partial(find, "####[^\n]+", 0)}
-FENCED = {"create_test": lambda text: text.split("```")[0]}
-STOP, CODE_STOP = ("Question:", "</s>", "<|im_end|>"), ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
-ACC, BOTH = ("acc,none",), ("acc,none", "acc_norm,none")
-VALIDATION = ("validation", "train")
-GSM8K = Task(read_gsm8k, ("openai/gsm8k", "main"), BEHIND_HASHES, score=score_answers, stop=STOP, shots=5)
-COT = replace(GSM8K, counts=BEHIND_IS, stop=("Q:", *STOP[1:]), shots=0)
-COT = replace(COT, read=partial(read_gsm8k, before="Q: ", after="\nA: Let's think step by step."))
-CODE = Task(read_humaneval, ("openai/openai_humaneval",), {"create_test": str}, score=score_programs)
-CODE = replace(CODE, max_new_tokens=1024, stop=CODE_STOP)
-ARC = Task(read_arc, ("allenai/ai2_arc", "ARC-Easy"), BOTH, choose, shots=None)
-SWAG = Task(read_hellaswag, ("Rowan/hellaswag",), BOTH, choose, splits=VALIDATION, shots=None, draw="others")
-WINO = replace(SWAG, read=read_winogrande, data=("allenai/winogrande", "winogrande_xl"), counts=ACC)
-TRUTH = Task(read_truthfulqa, ("truthfulqa/truthful_qa", "multiple_choice"), ACC, choose, splits=VALIDATION)
-MMLU = Task(read_mmlu, ("cais/mmlu", "all"), ACC, choose, splits=("test", "dev"), shots=None, draw="first")
+CODE_STOP = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
 TASKS = {
-    "answers": Task(read_answer, (), LINE, score=score_answers, reduce=final_answer, always_chat=True),
-    "gsm8k": GSM8K,
-    "gsm8k_cot_zeroshot": COT,
-    "humaneval": CODE,
-    "humaneval_instruct": replace(CODE, read=partial(read_humaneval, instruct=True), counts=FENCED),
-    "arc_easy": ARC,
-    "arc_challenge": replace(ARC, data=("allenai/ai2_arc", "ARC-Challenge")),
-    "hellaswag": SWAG,
-    "winogrande": WINO,
-    "truthfulqa_mc1": replace(TRUTH, read=partial(read_truthfulqa, targets="mc1_targets")),
-    "truthfulqa_mc2": replace(TRUTH, read=partial(read_truthfulqa, targets="mc2_targets")),
-    "mmlu": MMLU,
-    "reward": Task(partial(read_answer, graded=False), ("Anthropic/hh-rlhf",), {}, always_chat=True),
-    "mt_bench": Task(read_mt_bench, (), {}, answer_mt_bench, max_new_tokens=1024, always_chat=True),
+    "answers": Task("", read_demonstration, final_answer_match, chat=True),
+    "gsm8k": Task(
+        "openai/gsm8k main",
+        partial(read_gsm8k, template="Question: {}\nAnswer:"),
+        partial(exact_match, strict=r"#### (\-?[0-9\.\,]+)"),
+        splits="test train",
+        num_fewshot=5,
+        stop=("Question:", "</s>", "<|im_end|>"),
+    ),
+    "gsm8k_cot_zeroshot": Task(
+        "openai/gsm8k main",
+        partial(read_gsm8k, template="Q: {}\nA: Let's think step by step."),
+        partial(exact_match, strict=r"The answer is (\-?[0-9\.\,]+)."),
+        stop=("Q:", "</s>", "<|im_end|>"),
+    ),
+    "humaneval": Task(
+        "openai/openai_humaneval", read_humaneval, pass_at_1, stop=CODE_STOP, max_new_tokens=1024
+    ),
+    "humaneval_instruct": Task(
+        "openai/openai_humaneval", read_humaneval_instruct, pass_at_1, stop=CODE_STOP, max_new_tokens=1024
+    ),
+    "arc_easy": Task("allenai/ai2_arc ARC-Easy", read_arc, acc_and_acc_norm, run_choices, "test train"),
+    "arc_challenge": Task(
+        "allenai/ai2_arc ARC-Challenge", read_arc, acc_and_acc_norm, run_choices, "test train"
+    ),
+    "hellaswag": Task(
+        "Rowan/hellaswag", read_hellaswag, acc_and_acc_norm, run_choices, "validation train", "others"
+    ),
+    "winogrande": Task(
+        "allenai/winogrande winogrande_xl", read_winogrande, acc, run_choices, "validation train", "others"
+    ),
+    "truthfulqa_mc1": Task(
+        "truthfulqa/truthful_qa multiple_choice",
+        partial(read_truthfulqa, targets="mc1_targets"),
+        acc,
+        run_choices,
+        "validation",
+    ),
+    "truthfulqa_mc2": Task(
+        "truthfulqa/truthful_qa multiple_choice",
+        partial(read_truthfulqa, targets="mc2_targets"),
+        mc2,
+        run_choices,
+        "validation",
+    ),
+    "mmlu": Task("cais/mmlu all", read_mmlu, acc, run_choices, "test dev", "first_n"),
+    "reward": Task("Anthropic/hh-rlhf", partial(read_demonstration, graded=False), chat=True),
+    "mt_bench": Task("", read_mt_bench, run=run_mt_bench, max_new_tokens=1024, chat=True),
 }
 
 
-# ---- 7. The whole evaluation, and the models ---------------------------------------------------
-
-
+# ---- 6. Main --------------------------------------------------------------------------------
 def main(args):
-    """Read, ask, score, print, write; returns what --out holds."""
-    # What is wrong with files or the other models should show before this one has answered.
-    for file in filter(None, (args.out, args.answers)):
-        Path(file).parent.mkdir(parents=True, exist_ok=True)
-        open(file, "a", encoding="utf-8").close()
+    """Read the data, evaluate one or two models, print and write the results; return what --out has."""
+    transformers.logging.set_verbosity_error()  # what it warns of is an error in load_model
+    transformers.logging.disable_progress_bar()
     if args.allow_code_execution:
-        print("warning: runs what the model writes, not in a sandbox; use a container without network")
-    data = {name: read_task(name, TASKS[name], args) for name in args.tasks}
+        print("warning: programs run without a sandbox; use a container without network")
+    # Mistakes in the data or in the other models should show before the first model works for hours.
+    data = {name: read_task(name, args) for name in args.tasks}
     if args.compare:
-        from transformers import AutoTokenizer  # slow, and a wrong flag should be found at once
-
-        load(AutoTokenizer, args.compare, "a tokenizer")
-    if "reward" in data:
-        reward_model = load_model("AutoModelForSequenceClassification", args.reward_model, args)
-        if reward_model[0].config.num_labels != 1 or not reward_model[1].chat_template:
-            die(f"--reward-model {args.reward_model}: needed are num_labels=1 and a chat template")
+        load_tokenizer(args.compare, args)
+    rm = load_reward_model(args) if "reward" in data else None
     packages = {name: version(name) for name in ("torch", "transformers", "datasets")}
     outcome = {"version": 2, "scores as": "lm_eval 0.4.13", "packages": packages, "settings": vars(args)}
     outcome |= evaluate(args.model, data, args)
     if args.compare:
         outcome["compare"] = evaluate(args.compare, data, args)
-        print_differences(outcome, outcome["compare"])
-    if "reward" in data:
-        judge(outcome, data["reward"][0], reward_model, args)
+        outcome["compare"]["differences"] = compare(outcome, outcome["compare"])
+    if rm:
+        outcome["duel"] = duel(outcome, data["reward"], rm, args)
+    if "mt_bench" in data:
+        lines = [json.dumps(sample["fastchat"]) + "\n" for sample in outcome["samples"]["mt_bench"]]
+        write_new(args.answers, "".join(lines))
     if args.out:
-        unfinished = Path(f"{args.out}.partial")  # the file is there whole or not at all
-        unfinished.write_text(json.dumps(outcome, indent=2) + "\n", encoding="utf-8")
-        unfinished.replace(args.out)
+        write_new(args.out, json.dumps(outcome, indent=2) + "\n")
     return outcome
 
 
-def read_task(name, task, args):
-    """The problems to ask, up to --limit, and the (question, target) of each one's worked examples."""
-    k = task.shots or 0
-    if task.shots != 0 and args.shots is not None:  # as in lm_eval: where it is 0 it stays 0
-        k = args.shots
-    everything = read_split(name, task, task.splits[0], args)
-    pool = read_split(name, task, task.splits[1], args) if k else []
-    needed = k + (k > 0 and task.draw == "others")
-    problems, shots = [], []
-    # MMLU's subjects are tasks of their own, as in lm_eval: examples and --limit are of each.
-    for subject in dict.fromkeys(problem.get("subject", name) for problem in everything) or [name]:
-        asked = [problem for problem in everything if problem.get("subject", name) == subject]
-        others = [problem for problem in pool if problem.get("subject", name) == subject]
-        if not asked or len(others) < needed:
-            die(f"{subject}: too few, {len(asked)} problems, {len(others)} rows for {needed} worked examples")
-        limit = args.limit or len(asked)
-        asked = asked[: math.ceil(limit * len(asked)) if limit < 1 else int(limit)]
-        problems += asked
-        for some in draw_shots(others, k, asked, task.draw):
-            shots.append([(shot["question"], shot["target"]) for shot in some])
-    return problems, shots
+def write_new(path, text):
+    """Write a file. If another program has created it during the run, take another name."""
+    while os.path.exists(path):
+        path = f"{path}.new"
+    Path(path).write_text(text, encoding="utf-8")
 
 
-def read_split(name, task, split, args):
-    """The problems of a split. A bad row ends the run; of `answers`, more than a tenth do."""
+def read_task(name, args):
+    """The problems of a task, up to --limit, with their few-shot examples."""
+    task = TASKS[name]
+    split, *fewshot_split = task.splits.split()
+    k = task.num_fewshot if args.shots is None or not fewshot_split else args.shots
+    everything = read_split(name, split, args)
+    pool = read_split(name, fewshot_split[0], args) if k else []
+    needed = k + (k > 0 and task.sampler == "others")
+    problems = []
+    # Each of MMLU's subjects has its own examples and its own --limit. Other tasks are one subject.
+    for subject in dict.fromkeys(problem["subject"] for problem in everything) or [name]:
+        part, rest = ([one for one in rows if one["subject"] == subject] for rows in (everything, pool))
+        if not part or len(rest) < needed:
+            die(f"{subject}: too few: {len(part)} problems, {len(rest)} rows for {needed} few-shot examples")
+        limit = args.limit or len(part)
+        part = part[: math.ceil(limit * len(part)) if limit < 1 else int(limit)]
+        draw_examples(rest, k, part, task.sampler)
+        problems += part
+    return problems
+
+
+def read_split(name, split, args):
+    """The problems of a split. An unusable row ends the run, but answers may leave out a tenth."""
     problems, unusable = [], []
-    for place, row in find_rows(name, task, split, args):
+    for place, row in find_rows(name, split, args):
         try:
-            row = Row(row)
-            problems.append({"row": row} | task.read(row))
-        except (*UNUSABLE, IndexError) as error:
-            column = getattr(row, "column", "")
-            unusable.append(f"{place}: {f'{column} {error}'.strip()}; found {row!r:.400}")
+            filled = {column: value for column, value in row.items() if value is not None}
+            problems.append({"row": row, "subject": name, "groups": [name]} | TASKS[name].read(filled))
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            reason = f"{error} is missing" if isinstance(error, KeyError) else error
+            unusable.append(f"{place}: {reason}; found {row!r:.400}")
     if len(unusable) > (len(problems) / 9 if name == "answers" else 0):
         die(unusable[0])
     if unusable:
@@ -870,192 +737,222 @@ def read_split(name, task, split, args):
     return problems
 
 
-def find_rows(name, task, split, args):
-    """(place, row) pairs of a split: of a file, of the file so named in a folder, or of the Hub."""
+def find_rows(name, split, args):
+    """(place, row) pairs of a split, from --data (a file, or a folder with all splits) or the Hub."""
+    task = TASKS[name]
     if name not in args.data:
-        import datasets  # slow to import, and files do not need it
+        import datasets  # slow to import, and not needed for files
 
-        rows = datasets.load_dataset(*task.data, split=split)
-        return [(f"{task.data[0]} row {n}", row) for n, row in enumerate(rows, 1)]
+        rows = datasets.load_dataset(*task.hub.split(), split=split)
+        return [(f"{task.hub} row {n}", row) for n, row in enumerate(rows, 1)]
     path = Path(args.data[name])
-    if not path.is_dir() and split == task.splits[0]:
+    if split == task.splits.split()[0] and not path.is_dir():
         return read_rows(str(path), split)
     folder = path if path.is_dir() else path.parent
     files = [*folder.glob(f"{split}.*")]
-    if name == "mmlu" and not files:
-        files = sorted(folder.glob(f"*/{split}.*"))  # a folder for each subject
+    if name == "mmlu" and not files:  # one folder for each subject
+        files = sorted(folder.glob(f"*/{split}.*"))
         rows = [(place, file, row) for file in files for place, row in read_rows(str(file), split)]
         return [(place, row | {"subject": file.parent.name}) for place, file, row in rows]
     if len(files) != 1:
-        hint = "; it holds the worked examples, --shots 0 asks without" if split == task.splits[1] else ""
-        die(f"{folder}: there should be one file {split}.jsonl (or .json, .csv, .parquet){hint}")
+        die(f"{folder}: should have one {split}.jsonl (or .json, .csv, .parquet); --shots 0 needs no {split}")
     return read_rows(str(files[0]), split)
 
 
-# What a sample counts, because it may explain a bad result.
-CAUSES = {"truncated": "prompts lost their beginning", "empty": "responses are empty"}
-CAUSES |= {"unfinished": "responses were cut at --max-new-tokens"}
-
-
 def evaluate(path, data, args):
-    """Ask one model; data: {task: (problems, their examples)} -> its results and samples by task."""
-    policy = load_policy(path, args)
-    needing = [name for name in data if args.chat or TASKS[name].always_chat]
-    if needing and not policy.tokenizer.chat_template:
-        die(f"{path} has no chat template, and {needing[0]} asks in it")
+    """Evaluate one model on {task: problems} -> its results and its samples, by task."""
+    lm = load_lm(path, args)
     outcome = {"model": path, "results": {}, "samples": {}}
-    for name, (problems, shots) in data.items():
-        samples = TASKS[name].run(name, TASKS[name], problems, shots, policy, args)
+    for name, problems in data.items():
+        samples = TASKS[name].run(name, problems, lm, args)
         outcome["samples"][name] = [{"doc_id": n} | sample for n, sample in enumerate(samples)]
-        groups = {}  # MMLU has several, of subjects
+        groups = {}  # result -> subject -> samples: MMLU has many of both, other tasks one
         for problem, sample in zip(problems, samples):
-            for group in problem.get("groups", [name]):
-                subjects = groups.setdefault(group, {})
-                subjects.setdefault(problem.get("subject"), []).append(sample)
-        for group, subjects in groups.items():
-            outcome["results"][group] = summarize(*subjects.values()) | {"shots": len(shots[0])}
+            for group in problem["groups"]:
+                groups.setdefault(group, {}).setdefault(problem["subject"], []).append(sample)
+        shots = {"shots": len(problems[0]["examples"])}
+        outcome["results"] |= {group: summarize(*parts.values()) | shots for group, parts in groups.items()}
     print_results(outcome)
     return outcome
 
 
-def summarize(*parts):
-    """Means over samples, CAUSES counted, standard errors: from the variances within each part, as
-    lm_eval has it for MMLU's subjects, None for a part of one."""
-    samples = [sample for part in parts for sample in part]
-    n = len(samples)
-    summary = {"n": n} | {key: sum(sample.get(key, 0) for sample in samples) for key in CAUSES}
-    for metric in samples[0]["metrics"]:
-        values = [[sample["metrics"][metric] for sample in part] for part in parts]
-        error = None
-        if min(map(len, values)) > 1:
-            squares = sum((len(some) - 1) * variance(some) for some in values)
-            error = math.sqrt(squares / (n - len(parts)) / n)
-        mean = fmean(value for some in values for value in some)
-        summary |= {metric: mean, metric.replace(",", "_stderr,"): error}
-    return summary
+# cache_size and eos_ids: see try_model and load_lm; a reward model needs neither them nor a window
+LM = namedtuple("LM", "model tokenizer window cache_size eos_ids")
 
 
-def compare(ours, theirs):
-    """Values of a metric by problem -> mean difference, half its 95 % interval, McNemar's exact p.
-
-    p: how likely would a fair coin split the problems that one model alone gets right as unevenly?
-    """
-    differences = [a - b for a, b in zip(ours, theirs)]  # in them cancels how hard a problem is
-    n, width, p = len(differences), None, None
-    if n > 1:
-        width = 1.96 * stdev(differences) / math.sqrt(n)
-    if {*ours, *theirs} <= {0, 1}:
-        wins, losses = differences.count(1), differences.count(-1)
-        tail = sum(math.comb(wins + losses, k) for k in range(min(wins, losses) + 1))
-        p = min(1.0, 2 * tail / 2 ** (wins + losses))
-    return {"difference": fmean(differences), "half_width": width, "mcnemar_p": p}
-
-
-def print_results(outcome):
-    """A line per metric; below, what may explain a bad one."""
-    rows = []
-    for name, result in outcome["results"].items():
-        for metric in [key for key in result if "," in key and "_stderr," not in key]:
-            error = result[metric.replace(",", "_stderr,")]
-            width = error and 1.96 * error
-            rows.append([f"{name},{metric}", result[metric], width, result["n"], result["shots"]])
-    print_table([outcome["model"], "value", "±", "n", "shots"], rows)
-    for name, result in outcome["results"].items():
-        for key in [key for key in CAUSES if result[key] and name in TASKS]:
-            print(f"{name}: {result[key]} {CAUSES[key]}")
-
-
-def print_differences(outcome, other):
-    """A row per metric; all go into `other`, the outcome of --compare, too."""
-    other["differences"], rows = {}, []
-    for name, samples in outcome["samples"].items():
-        for metric in samples[0]["metrics"]:
-            sides = [samples, other["samples"][name]]
-            values = [[sample["metrics"][metric] for sample in side] for side in sides]
-            found = other["differences"][f"{name},{metric}"] = compare(*values)
-            difference, width, p = found.values()
-            tiny = p is not None and p < 0.001
-            rows.append([f"{name},{metric}", difference, width, "<0.001" if tiny else p])
-    print_table([f"difference from {other['model']}", "", "±", "p"], rows)
-
-
-def print_table(head, rows):
-    """'gsm8k,exact_match,strict-match' is shown as 'gsm8k strict-match', 'mmlu,acc,none' as 'mmlu acc'."""
-    wide = max(len(row[0]) for row in [head, *rows])
-    print()
-    for first, *cells in [head, *rows]:
-        first = re.sub(",(none|create_test)|exact_match,", "", first).replace(",", " ")
-        cells = ["-" if cell is None else cell for cell in cells]
-        cells = [f"{cell:.4f}" if isinstance(cell, float) else str(cell) for cell in cells]
-        print(f"{first:{wide}}" + "".join(f"{cell:>10}" for cell in cells))
-
-
-# window: as many tokens as prompt and response may have together; goes_on: see cache_goes_on
-Policy = namedtuple("Policy", "model tokenizer window goes_on")
-
-
-def load_policy(path, args):
-    """A language model that can be asked; what is said of it."""
-    model, tokenizer = load_model("AutoModelForCausalLM", path, args)
+def load_lm(path, args):
+    """The model to evaluate. What its scores depend on is printed: dtype, window, BOS."""
+    tokenizer = load_tokenizer(path, args)
+    model = load_model(transformers.AutoModelForCausalLM, path, "causal language model", args)
     window = find_window(model.config, tokenizer)
-    known = model.get_input_embeddings().num_embeddings
-    if tokenizer.vocab_size > known:
-        die(f"{path}: its tokenizer has {tokenizer.vocab_size} tokens, its model knows {known}")
-    # A BOS in front changes every score, so it is said.
     begin = tokenizer.bos_token if tokenizer("a").input_ids[0] == tokenizer.bos_token_id else "no BOS token"
     about = f"{model.num_parameters():,} parameters, {str(model.dtype)[6:]}, {model.device}"
-    print(f"model {path}: {about}; window {window or '2048, as none is given'}; prompts begin with {begin}")
-    return Policy(model, tokenizer, window or 2048, cache_goes_on(model))
+    print(f"model {path}: {about}; window {window}; prompts begin with {begin}")
+    return LM(model, tokenizer, window, try_model(model), find_eos_ids(model, tokenizer))
 
 
-def cache_goes_on(model):
-    """Can several tokens at once go on from its cache? Tried on two tokens; a cache there must be."""
-    with torch.no_grad():
-        cache = getattr(model(torch.tensor([[0, 0]], device=model.device)), "past_key_values", None)
-    if type(cache).__name__ != "DynamicCache":
-        die(f"{model.name_or_path}: {model.config.model_type} keeps no cache as attention does")
-    return {type(layer).__name__ for layer in cache.layers} <= {"DynamicLayer", "DynamicSlidingWindowLayer"}
+def find_eos_ids(model, tokenizer):
+    """The ids that end a response: the tokenizer's EOS, and those of the model's generation config."""
+    listed = model.generation_config.eos_token_id  # an id, ids or None
+    return {tokenizer.eos_token_id, *(listed if isinstance(listed, list) else [listed])} - {None}
 
 
 def find_window(config, tokenizer):
-    """In lm_eval's order; None: unknown, some tokenizers say 1e30."""
+    """The length of the model's context window, looked for in the same places as in lm_eval."""
     config = getattr(config, "text_config", None) or config
     rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type") == "longrope":  # beyond it, numbers depend on a batch's other rows
+    if rope.get("rope_type") == "longrope":  # beyond this, numbers depend on a batch's other rows
         return rope["original_max_position_embeddings"]
     names = ("n_positions", "max_position_embeddings", "n_ctx")
     windows = [getattr(config, name, None) for name in names] + [tokenizer.model_max_length]
-    return next((window for window in windows if window and window < 1e29), None)
+    return next((window for window in windows if window and window < 1e29), 2048)  # 1e30 means unknown
 
 
-def load_model(kind, path, args):
-    """A model of this kind, and its tokenizer."""
-    import transformers
+@torch.no_grad()
+def try_model(model):
+    """A trial: how many tokens does the key-value cache hold? None: the model keeps other states, too."""
+    out = model(torch.tensor([[0, 0]], device=model.device), use_cache=True)
+    cache = getattr(out, "past_key_values", None)
+    if type(cache).__name__ != "DynamicCache":
+        die(f"{model.name_or_path}: {model.config.model_type} has no key-value cache, it cannot be used")
+    if {type(layer).__name__ for layer in cache.layers} <= {"DynamicLayer", "DynamicSlidingWindowLayer"}:
+        return min((layer.sliding_window for layer in cache.layers if layer.is_sliding), default=math.inf)
+    return None
 
-    transformers.logging.set_verbosity_error()  # it would only warn of missing weights
-    transformers.logging.disable_progress_bar()
-    tokenizer = load(transformers.AutoTokenizer, path, "a tokenizer")
+
+# The format of PKU-Alignment's reward models, such as beaver-7b-v3.0-reward, as a chat template
+BEAVER = (
+    "BEGINNING OF CONVERSATION: {% for turn in messages %}"
+    "{% if turn.role == 'user' %}USER: {{ turn.content }} ASSISTANT:"
+    "{% else %}{{ turn.content }}{{ eos_token }}{% endif %}{% endfor %}"
+)
+
+
+def load_reward_model(args):
+    """PKU-Alignment's head is called score_head. Its bias is left out: it shifts all rewards alike."""
+    template = {"beaver": BEAVER}.get(args.reward_template, args.reward_template)
+    tokenizer = load_tokenizer(args.reward_model, args, template)
+    kind, what = transformers.AutoModelForSequenceClassification, "reward model with num_labels=1"
+    options = {"num_labels": 1, "key_mapping": {"^score_head": "score"}}
+    model = load_model(kind, args.reward_model, what, args, **options)
+    return LM(model, tokenizer, None, None, None)
+
+
+def load_tokenizer(path, args, template=None):
+    """A tokenizer with an EOS token and, if a task needs it, a chat template to use by default."""
+    tokenizer = load(transformers.AutoTokenizer, path, "tokenizer")
     if tokenizer.eos_token is None:
-        die(f"{path}: the tokenizer has no EOS token, a response could not end")
-    if tokenizer.pad_token is None:  # as lm_eval does
-        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
-    how = {"dtype": args.dtype, "use_safetensors": True, "output_loading_info": True}
-    model, info = load(getattr(transformers, kind), path, f"an {kind}", **how)
+        die(f"{path}: its tokenizer has no EOS token, so no response could end")
+    templates = tokenizer.chat_template = template or tokenizer.chat_template or {}  # one, or several by name
+    needed = args.chat or any(TASKS[name].chat for name in args.tasks)
+    if needed and not isinstance(templates, str) and "default" not in templates:
+        names = ", ".join(templates) or "none; see --reward-template"
+        die(f"{path}: --chat, answers, reward and mt_bench need a default chat template; it has {names}")
+    return tokenizer
+
+
+def load_model(kind, path, what, args, **options):
+    """A model of this kind, in evaluation mode. Weights that its files lack would be random."""
+    options |= {"dtype": args.dtype, "use_safetensors": True, "output_loading_info": True}
+    model, info = load(kind, path, what, **options)
     if info["missing_keys"]:
-        die(f"{path}: lacks {', '.join(sorted(info['missing_keys'])):.200}: they would be random")
-    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if args.device not in ("auto", "cpu", best):
-        die(f"--device {args.device}: there is none here, the best is {best}")
-    return model.eval().to(best if args.device == "auto" else args.device), tokenizer
+        die(f"{path} lacks the weights {', '.join(sorted(info['missing_keys'])):.200}")
+    return model.eval().to(args.device)
 
 
 def chunks(items, size):
     return [items[start : start + size] for start in range(0, len(items), size)]
 
 
+# ---- 7. Statistics and printing -------------------------------------------------------------
+# What may be the cause of a bad result; counted for each sample
+CAUSES = {"truncated": "prompts lost their beginning", "empty": "responses are empty"}
+CAUSES |= {"unfinished": "responses were cut at --max-new-tokens"}
+
+
+def summarize(*parts):
+    """The mean of each metric over all samples, its standard error (None for a part of one sample) and
+    95 % interval; counts of CAUSES. As in lm_eval the variance is that within the parts, MMLU's subjects."""
+    samples = [sample for part in parts for sample in part]
+    n = len(samples)
+    summary = {"n": n} | {cause: sum(sample.get(cause, 0) for sample in samples) for cause in CAUSES}
+    for metric in samples[0]["metrics"]:
+        values = [[sample["metrics"][metric] for sample in part] for part in parts]
+        mean, stderr = fmean(value for part in values for value in part), None
+        if min(map(len, parts)) > 1:
+            squares = sum((len(part) - 1) * variance(part) for part in values)
+            stderr = math.sqrt(squares / (n - len(parts)) / n)
+        share = all(value in (0, 1) for part in values for value in part)
+        summary |= {metric: mean, metric.replace(",", "_stderr,"): stderr}
+        summary[metric.replace(",", "_interval,")] = interval(mean, stderr, n if share else None)
+    return summary
+
+
+def interval(mean, stderr, n):
+    """Wilson's 95 % interval for a share of n problems; for another mean (n None) ± 1.96 stderr."""
+    z = 1.96
+    if n is None:
+        return None if stderr is None else (mean - z * stderr, mean + z * stderr)
+    center, scale = mean + z**2 / (2 * n), 1 + z**2 / n
+    half = z * math.sqrt(mean * (1 - mean) / n + (z / (2 * n)) ** 2)
+    return max(0.0, (center - half) / scale), min(1.0, (center + half) / scale)
+
+
+def paired_difference(ours, theirs):
+    """Scores of two models by problem -> mean difference, half its 95 % interval, and p of McNemar's
+    exact test: how likely a fair coin divides the problems that only one gets right as unevenly."""
+    differences = [a - b for a, b in zip(ours, theirs)]  # how hard a problem is cancels out
+    n, p = len(differences), None
+    half_width = 1.96 * stdev(differences) / math.sqrt(n) if n > 1 else None
+    if {*ours, *theirs} <= {0, 1}:
+        wins, losses = differences.count(1), differences.count(-1)
+        tail = sum(math.comb(wins + losses, k) for k in range(min(wins, losses) + 1))
+        p = min(1.0, 2 * tail / 2 ** (wins + losses))
+    return {"difference": fmean(differences), "half_width": half_width, "mcnemar_p": p}
+
+
+def print_results(outcome):
+    """A line for each metric, and below what may explain a bad one."""
+    rows = [[outcome["model"], "value", "95 % interval", "n", "shots"]]
+    for name, result in outcome["results"].items():
+        for metric in [key.replace("_stderr", "") for key in result if "_stderr," in key]:
+            limits = result[metric.replace(",", "_interval,")]
+            limits = limits and "[{:.3f}, {:.3f}]".format(*limits)
+            rows.append([f"{name},{metric}", result[metric], limits, result["n"], result["shots"]])
+    print_table(rows)
+    for name, result in outcome["results"].items():
+        for cause in [cause for cause in CAUSES if result[cause] and name in TASKS]:
+            print(f"{name}: {result[cause]} {CAUSES[cause]}")
+
+
+def compare(outcome, other):
+    """Print and return the differences between two models: a line for each metric of each task."""
+    differences = {}
+    rows = [[f"difference from {other['model']}", "", "±", "p"]]
+    for name, samples in outcome["samples"].items():
+        for metric in samples[0]["metrics"]:
+            sides = (samples, other["samples"][name])
+            ours, theirs = ([sample["metrics"][metric] for sample in side] for side in sides)
+            result = differences[f"{name},{metric}"] = paired_difference(ours, theirs)
+            difference, half_width, p = result.values()
+            p = "<0.001" if p is not None and p < 0.001 else p
+            rows.append([f"{name},{metric}", difference, half_width, p])
+    print_table(rows)
+    return differences
+
+
+def print_table(rows):
+    """Print rows of equal length; 'gsm8k,exact_match,strict-match' becomes 'gsm8k strict-match'."""
+    width = max(len(row[0]) for row in rows)
+    print()
+    for first, *cells in rows:
+        first = re.sub(",(none|create_test)|exact_match,", "", first).replace(",", " ")
+        cells = [f"{cell:.4f}" if isinstance(cell, float) else cell for cell in cells]
+        print(f"{first:{width}}" + "".join(f"{'-' if cell is None else cell:>16}" for cell in cells))
+
+
 if __name__ == "__main__":
-    for stream in (sys.stdout, sys.stderr):  # a terminal that lacks a letter shows its code instead
-        stream.reconfigure(errors="backslashreplace")
+    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that lacks a letter shows its code
     try:
         main(parse_args())
     except (KeyboardInterrupt, OSError, torch.OutOfMemoryError) as error:

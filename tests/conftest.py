@@ -1,5 +1,6 @@
 """Tests share: no network, the CPU, the repository on the path, a tiny model and tokenizers in memory."""
 
+import gc
 import json
 import os
 import sys
@@ -19,11 +20,19 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 GPU = torch.cuda.is_available()
 torch.cuda.is_available = torch.backends.mps.is_available = lambda: False
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # for the processes that tests start
+torch.set_num_threads(
+    1
+)  # tiny models gain nothing by more, and a process that a test forks would wait for them
 
 ZEPHYR = (
     "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}</s>\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
 )  # note the newline after EOS
+
+
+def pytest_collection_finish():
+    """Every load of a model collects garbage, which takes half a second unless imported modules are left out."""
+    gc.freeze()
 
 
 def byte_tokenizer(chat_template=ZEPHYR, merges=()):
@@ -61,7 +70,7 @@ def tokenizer():
 @pytest.fixture(scope="session", name="models")
 def models_of_parity(tmp_path_factory):
     """The folder with models A and B that lm_eval was asked about: see tests/parity/oracle.py."""
-    from eval_tools import GOLDEN, oracle
+    from helpers import GOLDEN, oracle
 
     folder = tmp_path_factory.mktemp("models")
     oracle.build_models(folder)

@@ -3,12 +3,17 @@
 import hashlib
 import json
 import math
+import runpy
 import shlex
+import sys
 from functools import partial
 from pathlib import Path
 
+import pytest
 import torch
+from conftest import ROOT
 
+import eval as ev
 import gsil
 
 EOS = 1
@@ -70,14 +75,35 @@ def read_jsonl(path):
     return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
 
-def demos_of(path, tokenizer, eos_ids=(EOS, 2)):
-    make = partial(gsil.encode, tokenizer=tokenizer, eos_ids=set(eos_ids))
-    return gsil.read_demos(str(path), "train", make)
+def demos_of(path, tokenizer, eos_ids=(EOS, 2), room=math.inf):
+    """The demonstrations of a file whose prompts have at most `room` tokens."""
+    encode_row = partial(gsil.encode, tokenizer=tokenizer, eos_ids=set(eos_ids), room=room)
+    return gsil.read_demos(str(path), "train", encode_row)
 
 
-def run(flags):
+def run(flags, script=gsil):
     """What `python gsil.py FLAGS` does; flags may be a list or text as in a shell."""
-    return gsil.main(gsil.parse_args(flags if isinstance(flags, list) else shlex.split(flags)))
+    return script.main(script.parse_args(flags if isinstance(flags, list) else shlex.split(flags)))
+
+
+def refusal(capsys, flags, script=gsil):
+    """The sentence with which `python gsil.py FLAGS` ends; its exit code must be 2."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        run(flags, script)
+    assert stop.value.code == 2
+    return capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def as_script(flags, monkeypatch, capsys):
+    """(exit code, last line on stderr) of `python gsil.py FLAGS`, run in this process."""
+    monkeypatch.setattr(sys, "argv", ["gsil.py", *flags.split()])
+    code = 0
+    try:
+        runpy.run_path(gsil.__file__, run_name="__main__")
+    except SystemExit as stop:
+        code = stop.code
+    return code, capsys.readouterr().err.strip().rpartition("\n")[2]
 
 
 def toy_flags(folder, out):
@@ -92,13 +118,61 @@ def weights(folder):
 
 
 def metrics(folder):
-    """metrics.jsonl without what the clock says."""
-    records = read_jsonl(Path(folder) / "metrics.jsonl")
-    for record in records:
-        record.pop("seconds", None)
-        record.get("row", {}).pop("seconds", None)
-    return records
+    """metrics.jsonl as {(phase, step): metrics}; after --resume a step may have two lines, of which the last counts."""
+    return {
+        (line.pop("phase"), line.pop("step")): line for line in read_jsonl(Path(folder) / "metrics.jsonl")
+    }
+
+
+def logged(folder, phase):
+    """The metrics of all steps of a phase, in order."""
+    return [values for (name, _), values in metrics(folder).items() if name == phase]
+
+
+def table(folder):
+    """summary.json without what the clock says: {row: {column: number or None}}"""
+    rows = json.loads((Path(folder) / "summary.json").read_text())
+    return {name: {key: row[key] for key in row if key != "seconds"} for name, row in rows.items()}
 
 
 def finite(values):
     return all(math.isfinite(value) for value in values)
+
+
+# ---- eval.py ---------------------------------------------------------------------------------
+sys.path.insert(0, str(ROOT / "tests" / "parity"))
+import oracle
+
+GOLDEN = json.loads((ROOT / "tests/parity/golden.json").read_text("utf-8"))
+GSM_ROW = {"question": "1+1?", "answer": "2\n#### 2"}
+ARC_ROW = {"question": "Which?", "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answerKey": "B"}
+
+
+def evaluate(flags):
+    """What `python eval.py FLAGS` does: prints tables, returns what --out contains."""
+    return ev.main(ev.parse_args(flags.split()))
+
+
+def refused(capsys, flags, *says):
+    """eval.py must end with exit code 2 and one sentence that has all of `says`."""
+    with pytest.raises(SystemExit) as stop:
+        evaluate(flags)
+    sentence = capsys.readouterr().err
+    assert stop.value.code == 2 and "Traceback" not in sentence
+    for part in says:
+        assert part in sentence, sentence
+
+
+def lm_of(model, tokenizer=None, window=256):
+    """What ev.load_lm makes of a folder, made of a model in memory."""
+    eos_ids = ev.find_eos_ids(model, tokenizer) if tokenizer else {EOS}
+    return ev.LM(model, tokenizer, window, ev.try_model(model), eos_ids)
+
+
+def flags_of(case, models, batch=1):
+    """One of oracle.CASES as flags of eval.py."""
+    task = case["task"]
+    flags = f"--model {models}/{case['model']} --tasks {task} --batch-size {batch} --allow-code-execution "
+    flags += f"--data {oracle.ROWS / task.split('_')[0]} --max-new-tokens {oracle.NEW_TOKENS} --device cpu "
+    flags += "".join(f"--{name} {case[name]} " for name in ("shots", "limit") if name in case)
+    return flags + "--chat" * case.get("chat", False)

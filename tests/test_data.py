@@ -1,16 +1,17 @@
 """Section 6 of gsil.py: any demonstrations -> ids. Right is the correct text, a refusal in one sentence, or a
-warning with a count; never another text without a word."""
+warning with a count, but never another text without a word."""
 
 import csv
 import io
 import json
+import re
 from pathlib import Path
 
 import pyarrow.parquet
 import pytest
 from conftest import ZEPHYR, byte_tokenizer
-from helpers import EOS, A, Q, assistant, demos_of, user, write_jsonl
-from transformers import AutoConfig, AutoTokenizer
+from helpers import EOS, A, Q, assistant, demos_of, refusal, user, write_jsonl
+from transformers import AutoConfig
 
 import gsil
 
@@ -44,8 +45,7 @@ ROWS = [(row, ASKED) for row in FORMATS] + [
 
 @pytest.mark.parametrize("row, prompt", ROWS)
 def test_every_format_gives_the_same_ids(row, prompt, tokenizer):
-    """The same demonstration in any listed format must train the same ids: prompt as it is asked in use, with
-    all before the last turn; response, EOS, and nothing behind it, though the template has a newline there."""
+    """A format would train other ids: without an earlier turn, the EOS, or with what the template adds after it."""
     demo = gsil.encode(row, tokenizer, {EOS, 2})
     assert demo["prompt"] == prompt and demo["response"] == A and demo["answer"] == "3"
     assert demo["prompt_ids"] == tokenizer(prompt, add_special_tokens=False).input_ids
@@ -53,8 +53,7 @@ def test_every_format_gives_the_same_ids(row, prompt, tokenizer):
 
 
 def test_where_prompt_and_response_end():
-    """Some chat models list several EOS ids; the one after an answer is the template's, not the tokenizer's. If
-    a token spans the border of prompt and response, the prompt must stay the one that is sampled from."""
+    """A chat model would learn another end than its template's, or a prompt that no one samples from."""
     tokenizer = byte_tokenizer(ZEPHYR.replace("{{ m.content }}</s>", "{{ m.content }}<|end|>"))
     demo = gsil.encode(FORMATS[0], tokenizer, {EOS, 2})
     assert demo["real_ids"] == tokenizer(A, add_special_tokens=False).input_ids + [2]
@@ -69,8 +68,7 @@ TEXTS = ["NA", "None", "null", "nan", "007", "1.0", "a, b", 'say "x"', "two\nlin
 
 @pytest.mark.parametrize("bom, end", [("", "\n"), ("\ufeff", "\r\n")], ids=["plain", "Windows"])
 def test_texts_stay_as_they_are_in_every_kind_of_file(bom, end, tmp_path, tokenizer):
-    """A cell NA that became a missing value, 007 that became 7, a BOM before the first column's name, or a
-    text split at U+2028: each has cost people rows without a word."""
+    """NA would become a missing value, 007 become 7, a BOM part of a column's name, U+2028 the end of a row."""
     rows = [{"prompt": f"{n} {text}", "response": text} for n, text in enumerate(TEXTS)]
     lines = [json.dumps(row, ensure_ascii=False) for row in rows]
     table = io.StringIO(newline="")
@@ -86,140 +84,174 @@ def test_texts_stay_as_they_are_in_every_kind_of_file(bom, end, tmp_path, tokeni
         assert [demo["prompt"] for demo in demos] == [ASKED.replace(Q, row["prompt"]) for row in rows]
 
 
-UNUSABLE = [  # row, what the sentence says of it
-    ({"text": "a", "label": 1}, "found text, label; accepted are the columns prompt"),
-    (3, "columns, but 3"),
-    ({"prompt": "a", "response": None}, "found prompt"),
-    ({"prompt": "a", "response": " "}, "assistant is empty"),
-    ({"question": "a", "answer": 4}, "assistant is empty or more than text: 4"),
-    ({"messages": [assistant("a")]}, "messages has no prompt with a response"),
-    ({"messages": [{"content": "a"}, assistant("b")]}, "not a turn with role and content"),
-    ({"messages": [user(["a"]), assistant("b")]}, "has no attribute"),  # neither text nor parts
-    ({"messages": [user([{"type": "image", "url": "x"}]), assistant("b")]}, "more than text"),
-    ({"messages": [user("a"), assistant("b") | {"tool_calls": ["f"]}]}, "more than text"),
-    ({"messages": [user("a"), assistant("b")], "tools": ["f"]}, "more than text"),
-    ({"prompt": "a", "response": "\ud83d"}, "surrogates"),  # half an emoji
+SYSTEM = [{"role": "system", "content": "Be brief."}, user(Q), assistant("<think>hm</think>" + A)]
+BROKEN = [  # row, a regex for what is said of it, and a chat template
+    ({"text": "a", "label": 1}, "text.*label.*accepted.*prompt"),
+    ({"Prompt": "a", "Response": "b"}, "Prompt.*accepted, in lower case, are prompt"),
+    ({"prompt": "a", "response": None}, "accepted.*response"),
+    ({"prompt": "a", "response": " "}, "turn is empty"),
+    ({"question": "a", "answer": 4}, "empty.*4"),
+    ({"messages": [assistant("a")]}, "messages.* has no prompt with a response"),
     ({"chosen": "Human: a\n\nAssistant: b"}, "transcript"),
     ({"prompt": "a", "response": "one <|end|> two"}, "EOS token"),
+    ({"prompt": "a", "response": "\ud83d"}, "surrogate"),  # half an emoji
+    (3, "row.* 3"),
+    ([1], r"row.* \[1\]"),
+    ({"messages": [{"content": "a"}, assistant("b")]}, "turn.*role"),
+    ({"messages": ["a", assistant("b")]}, "turn.*role"),
+    ({"messages": [[user("a"), assistant("b")]]}, "turn.*role"),
+    ({"messages": "\n\n", "system": "s"}, "messages.* has no"),
+    ({"prompt": [user(["a"])], "response": "b"}, "turn"),
+    ({"prompt": [user([{"type": "text"}])], "response": "b"}, "turn"),
+    ({"messages": SYSTEM}, "changes or drops a turn", "{{ messages | length }}" + ZEPHYR),
+    ({"messages": SYSTEM}, "drops a turn", ZEPHYR.replace("m.content", "m.content.split('</think>')[-1]")),
+    ({"messages": SYSTEM}, "drops a turn", ZEPHYR.replace("messages", "messages[1:]")),
+    ({"messages": SYSTEM}, "must alternate", "{{ raise_exception('roles must alternate') }}"),
 ]
-TEMPLATES = [  # a template that makes another text of a demonstration, what the sentence says
-    ("{{ messages | length }}" + ZEPHYR, "changes prompt or response"),
-    (ZEPHYR.replace("m.content", "m.content.split('</think>')[-1]"), "changes prompt or response"),
-    (ZEPHYR.replace("in messages", "in messages if m.role != 'system'"), "drops a turn of the role system"),
-    ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
+NO_DEMONSTRATIONS = [  # of these any number is left out
+    ({"messages": [user([{"type": "image", "url": "x"}]), assistant("b")]}, "more than"),
+    ({"messages": [user("a"), assistant("b") | {"tool_calls": ["f"]}]}, "tool_calls"),
+    ({"messages": [user("a"), assistant("b")], "tools": ["f"]}, "tools"),
+    ({"prompt": "a", "completion": "go away", "label": False}, "label"),
+    ({"prompt": "a" * 400, "response": "b"}, "400|[0-9]+ tokens"),
 ]
 
 
-def test_unusable_rows_say_why_and_a_tenth_of_them_is_left_out(tmp_path, tokenizer, capsys):
-    """Never is such a row trained on as another text: cut at an EOS, without its tools, as an empty answer, or
-    without the thoughts or the system turn that a template drops. Left out, they are counted."""
-    turns = [{"role": "system", "content": "Be brief."}, user(Q), assistant("<think>hm</think>" + A)]
-    cases = [(row, tokenizer, says) for row, says in UNUSABLE]
-    cases += [({"messages": turns}, byte_tokenizer(template), says) for template, says in TEMPLATES]
-    for row, asking, says in cases:
-        with pytest.raises(gsil.UNUSABLE, match=says):
-            gsil.encode(row, asking, {EOS, 2})
-    path, n = tmp_path / "x.jsonl", len(UNUSABLE)
-    rows = [{"prompt": "a", "response": "b"}] * (9 * n) + [row for row, _ in UNUSABLE]
-    assert len(demos_of(write_jsonl(path, rows), tokenizer)) == 9 * n
-    says = f"warning: {n} of {10 * n} rows are left out, such as {path} line {9 * n + 1}: found text"
-    assert says in capsys.readouterr().out
+CASES = [(*case, ZEPHYR)[:3] for case in BROKEN + NO_DEMONSTRATIONS]
 
 
-def data_of(path, tokenizer, flags="", **config):
-    """What read_data makes of a file, for a model of 300 tokens with a window of 256."""
-    config = AutoConfig.for_model("llama", **{"vocab_size": 300, "max_position_embeddings": 256} | config)
-    return gsil.read_data(config, tokenizer, {EOS, 2}, gsil.parse_args(["--data", str(path), *flags.split()]))
+@pytest.mark.parametrize("row, says, template", CASES)
+def test_rows_that_cannot_be_used_say_why(row, says, template, tmp_path, capsys):
+    """Such a row would be trained on as another text: cut at an EOS, without its tools, thoughts or system turn."""
+    (tmp_path / "x.json").write_text(json.dumps([row]))
+    with pytest.raises(SystemExit) as stop:
+        demos_of(tmp_path / "x.json", byte_tokenizer(template), room=300)
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and re.match(rf"error: 1 of 1 rows .*{tmp_path}/x.json row 1: .*\n$", said)
+    said = said.partition(" row 1: ")[2]
+    assert re.search(says, said) and not re.search(r"Error\(|attribute|object", said)  # no words of Python
 
 
-FILES = [  # name, content, what the sentence says
-    ("x.jsonl", None, "x.jsonl: no such file"),
+def test_unusable_rows_are_left_out_and_counted(tmp_path, tokenizer, capsys):
+    """A broken row, or what is no demonstration, would cost a run, or a broken file be taken for a small one."""
+    good, path = {"prompt": "a", "response": "b"}, tmp_path / "x.jsonl"
+    broken = [row for row, _, *template in BROKEN if not template]
+    others = [row for row, _ in NO_DEMONSTRATIONS]
+    rows = [good] * 3 + others + [good] * 9 * len(broken) + broken
+    assert len(demos_of(write_jsonl(path, rows), tokenizer, room=300)) == 9 * len(broken) + 3
+    printed = capsys.readouterr().out
+    counts = [int(n) for n in re.findall(rf"^warning: (\d+) of {len(rows)} rows", printed, re.MULTILINE)]
+    assert sum(counts) == len(broken + others) and f"{path} row " in printed
+    with pytest.raises(SystemExit):
+        demos_of(write_jsonl(path, [good] * 8 + broken[:1]), tokenizer)
+
+
+FILES = [  # name, content, a regex for what the sentence says
+    ("x.jsonl", None, "x.jsonl: .*[Nn]o such file"),
     ("empty.jsonl", b"\n", "empty.jsonl: no rows"),
-    ("typo.jsonl", b'{"prompt": "a", "response": "b"}\n{"prompt"\n', "typo.jsonl line 2: "),
-    ("latin.jsonl", b'{"prompt": "\xff"}', "latin.jsonl line 1: 'utf-8'"),
-    ("latin.csv", b"prompt,response\n\xff,b\n", "latin.csv: 'utf-8'"),
-    ("open.csv", b'prompt,response\na,"b', "open.csv: unexpected end"),
+    ("typo.jsonl", b'{"prompt": "a", "response": "b"}\n{"prompt"\n', "typo.jsonl row 2: "),
+    ("latin.jsonl", b'{"prompt": "\xff"}', "latin.jsonl.*: 'utf-8'"),
+    ("open.csv", b'prompt,response\na,"b', "open.csv.*: unexpected end"),
     ("wide.csv", b"prompt,response\na,b,c\n", "wide.csv row 1: "),
-    ("array.json", b'[{"prompt": "a", "response": "b"}, {"prompt": "a"}]', "array.json row 2: found prompt"),
-    (
-        "nine.csv",
-        b"prompt,response\n" + b"a,b\n" * 8 + b"a, \n",
-        "row 9: a turn of the role assistant is empty",
-    ),
-    ("notes.txt", b"a\n", "notes.txt: not a .jsonl, .json, .csv or .parquet file"),
-    ("a/hub-name", None, "Accepted are UTF-8 files .jsonl, .json, .csv; .parquet; the name of a Hub dataset"),
+    ("array.json", b'[{"prompt": "a", "response": "b"}, {"prompt": "a"}]', "array.json row 2: "),
+    ("one.jsonl", b'{"prompt": "a", "response": "b"}', "one.jsonl has one row, but one is held out"),
+    ("broken.parquet", b"a", "broken.parquet: "),
+    ("a/hub-name", None, "a/hub-name: .*Hub"),
+    ("notes.txt", b"a\n", "notes.txt .*.jsonl"),
 ]
 
 
-def test_data_that_cannot_be_used_is_one_sentence(tmp_path, tokenizer, monkeypatch, capsys):
-    """The place, and what is accepted or fits. Prompt and response share the window; token ids beyond the
-    embeddings would crash a GPU in the middle; dev problems without '####' would make the best round luck."""
+@pytest.mark.parametrize("name, content, says", FILES, ids=[name for name, *_ in FILES])
+def test_unusable_files_are_one_sentence(name, content, says, inputs, tmp_path, monkeypatch, capsys):
+    """A person would not learn which file, which row and what is wrong with it."""
     monkeypatch.chdir(tmp_path)
-    for name, content, _ in FILES:
-        if content is not None:
-            Path(name).write_bytes(content)
-    write_jsonl(Path("good.jsonl"), [{"prompt": "a", "response": "b" * 400}])
-    prompt_ids = tokenizer("<|user|>\na</s>\n<|assistant|>\n").input_ids
-    room, highest = 256 - len(prompt_ids), max(prompt_ids + tokenizer("b").input_ids)
-    for flags, config, expected in (
-        ("", {}, room),
-        ("", {"max_position_embeddings": 4096}, 256),
-        (f"--max-new-tokens {room}", {"vocab_size": highest + 1}, room),
-    ):
-        [[demo], *_, longest] = data_of("good.jsonl", tokenizer, flags, **config)
-        assert longest == len(demo["real_ids"]) == expected
-    cases = [(name, "", {}, says) for name, _, says in FILES]
-    cases += [
-        ("good.jsonl", f"--max-new-tokens {room + 1}", {}, f"--max-new-tokens: {room} fit"),
-        ("good.jsonl", "", {"max_position_embeddings": len(prompt_ids)}, "--max-new-tokens: 0 fit"),
-        ("good.jsonl", "", {"vocab_size": highest}, f"token ids above the {highest} that its model knows"),
-        ("good.jsonl", "--dev good.jsonl", {}, "each needs an answer '#### value'"),
-    ]
-    for name, flags, config, says in cases:
+    if content is not None:
+        Path(name).write_bytes(content)
+    said = refusal(capsys, f"{inputs} --data {name} --out out")
+    assert said.startswith("error: ") and re.search(says, said) and not Path("out").exists()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A model's folder with config and tokenizer, but no weights: data is read before them."""
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def data_of(folder, data, flags="", kind="llama", **config):
+    """What read_data makes of a file, for a model of 300 tokens, if a llama with a window of 256."""
+    window = {"max_position_embeddings": 256} if kind == "llama" else {}
+    config = {"vocab_size": 300, "eos_token_id": EOS} | window | config
+    AutoConfig.for_model(kind, **config).save_pretrained(folder)
+    flags = ["--model", str(folder), "--data", str(data), "--heldout", str(data), *flags.split()]
+    return gsil.read_data(gsil.parse_args(flags))
+
+
+ROPE = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "rope_theta": 1e4}
+PHI = {"hidden_size": 32, "num_attention_heads": 4, "rope_parameters": ROPE}
+PHI["original_max_position_embeddings"] = 64
+WRAPPER = {"text_config": {"max_position_embeddings": 99, "vocab_size": 300}}
+IDS = byte_tokenizer()(ASKED.replace(Q, "a")).input_ids  # the prompt below; a token for each letter
+WINDOWS = [  # flags, the model, its config, the longest response that this leaves
+    ("", "llama", {}, 128),  # half of the window
+    ("", "llama", {"max_position_embeddings": 4096}, 256),
+    (f"--max-new-tokens {256 - len(IDS)}", "llama", {"vocab_size": max(IDS) + 1}, 256 - len(IDS)),
+    ("", "phi3", PHI, 32),  # beyond the original window of 64 all positions change
+    ("", "gemma3", WRAPPER, 49),  # the window of its text part
+    ("--max-new-tokens 9999", "bloom", {}, 400),  # it names none
+    ("", "mpt", {"max_seq_len": 77}, 38),
+    (f"--max-new-tokens {257 - len(IDS)}", "llama", {}, f"{len(IDS)} tokens"),
+    ("--max-new-tokens 9999", "phi3", PHI, "9999|tokens"),
+    ("", "llama", {"vocab_size": max(IDS)}, f"ids beyond the model's {max(IDS)}"),
+]
+
+
+@pytest.mark.parametrize("flags, kind, config, expected", WINDOWS)
+def test_prompts_and_responses_share_the_window(flags, kind, config, expected, folder, tmp_path, capsys):
+    """Positions beyond the window, or ids beyond the embeddings, would crash a GPU after hours, or mean nothing."""
+    path = write_jsonl(tmp_path / "x.jsonl", [{"prompt": "a", "response": "Q" * 399}])
+    if isinstance(expected, int):
+        assert len(data_of(folder, path, flags, kind, **config).demos[0]["real_ids"]) == expected
+    else:
         with pytest.raises(SystemExit) as stop:
-            data_of(name, tokenizer, flags, **config)
-        error = capsys.readouterr().err
-        assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1
-        assert says in error
+            data_of(folder, path, flags, kind, **config)
+        assert stop.value.code == 2 and re.search(expected, capsys.readouterr().err)
 
 
 def test_what_may_explain_a_bad_run_is_counted(tmp_path, capsys):
-    """Words unknown to the tokenizer, responses cut at the cap, problems that are also trained on: the run
-    would end well and its numbers mean little. EOS after half a sentence would give a cut response away."""
-    tokenizer = AutoTokenizer.from_pretrained(gsil.TOY / "base")
-    long = {"question": "Mia has 1 keys .", "answer": "1 + 1 = 2 . #### 2"}
-    rows = [long, {"question": "Supercalifragilistic", "answer": "#### 1"}]
-    flags = f"--max-new-tokens 5 --heldout {write_jsonl(tmp_path / 'heldout.jsonl', [long])}"
-    demos, _, heldout, longest = data_of(write_jsonl(tmp_path / "x.jsonl", rows), tokenizer, flags)
-    assert len(demos[0]["real_ids"]) == len(heldout[0]["real_ids"]) == longest == 5
-    assert EOS not in demos[0]["real_ids"] and demos[1]["real_ids"][-1] == EOS
+    """A run on words that its tokenizer does not know, on cut responses or on its own problems would end well."""
+    good = [{"question": f"Mia has {n} keys .", "answer": "1 + 1 = 2 . 2"} for n in range(1, 10)]
+    data = write_jsonl(
+        tmp_path / "x.jsonl", [*good, {"question": "Supercalifragilistic", "answer": "#### 1"}]
+    )
+    heldout = write_jsonl(tmp_path / "heldout.jsonl", good[:1])
+    flags = f"--data {data} --heldout {heldout} --max-new-tokens 5"
+    found = gsil.read_data(gsil.parse_args(flags.split()))
+    for demo in found.demos + found.heldout:
+        assert (
+            len(demo["real_ids"]) == 5 and EOS not in demo["real_ids"]
+        )  # EOS would give a cut response away
     printed = capsys.readouterr().out
-    assert "warning: 1 rows have words that the tokenizer does not know" in printed
-    assert "warning: 2 responses of the data are cut at --max-new-tokens 5" in printed
-    assert "warning: 1 prompts of the dev or held-out problems are in" in printed
+    assert (
+        re.search(r"warning: 1 of 10 rows .* row 10: .*tokenizer does not know", printed)
+        and len(found.demos) == 9
+    )
+    assert "warning: 10 responses of the data are cut at --max-new-tokens 5" in printed
+    assert re.search(r"warning: 1 .*held-out prompts", printed)
+    with pytest.raises(SystemExit):
+        gsil.read_data(gsil.parse_args([*flags.split(), "--dev", str(heldout)]))
+    assert "should end in '#### value'" in capsys.readouterr().err  # else the best epoch would be luck
 
 
-def test_the_window_of_a_model():
-    """Beyond longrope's original window other factors apply to every position, so a log-prob would depend on
-    the other rows in its batch; a wrapper's window is that of its text part, and some configs name none."""
-    rope = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "rope_theta": 1e4}
-    small = {"hidden_size": 32, "num_attention_heads": 4, "original_max_position_embeddings": 64}
-    phi = AutoConfig.for_model("phi3", rope_parameters=rope, max_position_embeddings=256, **small)
-    wrapper = AutoConfig.for_model("gemma3", text_config={"max_position_embeddings": 99})
-    assert gsil.window(phi) == 64 and gsil.window(wrapper) == 99
-    assert gsil.window(AutoConfig.for_model("mpt", max_seq_len=77)) == 77
-    assert gsil.window(AutoConfig.for_model("bloom")) == float("inf")
-
-
-def test_a_tenth_is_held_out_by_seed(tmp_path, tokenizer, capsys):
-    """Own data without --heldout would have a table of dashes; what is also trained on would flatter it."""
-    rows = [{"prompt": f"{n}", "response": f"{n}"} for n in range(40)]
-    path = write_jsonl(tmp_path / "x.jsonl", rows)
-    found = []
+def test_a_tenth_is_held_out_by_seed(inputs, tmp_path, capsys):
+    """The table of own data would be empty, or of demonstrations that were also trained on."""
+    path = write_jsonl(tmp_path / "x.jsonl", [{"prompt": f"{n}", "response": f"{n}"} for n in range(40)])
+    heldout = []
     for seed in (0, 0, 1):
-        demos, _, heldout, _ = data_of(path, tokenizer, f"--seed {seed}")
-        found.append([demo["response"] for demo in heldout + demos])
-        assert len(heldout) == 4 and sorted(found[-1], key=int) == [row["response"] for row in rows]
-    assert found[0] == found[1] and {*found[0][:4]} != {*found[2][:4]}
+        data = gsil.read_data(gsil.parse_args(f"{inputs} --data {path} --seed {seed}".split()))
+        heldout.append({row["response"] for row in data.heldout})
+        assert len(heldout[-1]) == 4 and len(data.demos) == 36
+        assert heldout[-1] | {row["response"] for row in data.demos} == {f"{n}" for n in range(40)}
+    assert heldout[0] == heldout[1] != heldout[2]
     printed = capsys.readouterr().out
-    assert "no --heldout: a tenth is held out, 4;" in printed and "warning" not in printed
+    assert re.search(r"\nno --heldout: .*\b4\b", printed) and "warning" not in printed

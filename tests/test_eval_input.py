@@ -1,44 +1,31 @@
-"""eval.py: flags and rows that cannot be used, each one sentence before any work is done. How files are read is
-tested in test_data.py: the functions are the same text."""
+"""eval.py: flags and rows that cannot be used, each said in one sentence before any work is done. How files
+are read is tested in test_data.py, as eval.py takes that from gsil.py."""
 
-import inspect
+import json
 import shutil
 import subprocess
 import sys
 
 import pytest
 from conftest import ROOT
-from eval_tools import ARC_ROW, BASE, GSM_ROW, fails, write_jsonl
+from helpers import ARC_ROW, GSM_ROW, refused, write_jsonl
 
 import eval as ev
-import gsil
 
 SWAG_ROW = {"activity_label": "Tea", "ctx_a": "A man", "ctx_b": "", "endings": ["a", "[step]"], "label": "0"}
 MMLU_ROW = {"question": "Which?", "subject": "anatomy", "choices": ["a", "b", "c", "d"], "answer": 4}
 TWO = {"choices": ["a", "b"]}
 BAD_ROWS = [  # task, row, what the sentence says
-    ("gsm8k", {"question": "1+1?"}, "answer is missing"),
+    ("gsm8k", {"question": "1+1?"}, "'answer' is missing"),
     ("gsm8k", GSM_ROW | {"answer": "It is 2"}, "answer should end in '#### '"),
     ("answers", GSM_ROW | {"answer": "2"}, "should end in '#### '"),
-    (
-        "humaneval",
-        {"prompt": "def one():", "test": "", "entry_point": "two"},
-        "entry_point should be defined",
-    ),
-    ("arc_easy", ARC_ROW | {"answerKey": "C"}, "answerKey 'C' is not in list"),
+    ("humaneval", {"prompt": "def a():", "test": "", "entry_point": "b"}, "entry_point should be defined"),
+    ("arc_easy", ARC_ROW | {"answerKey": "C"}, "answerKey should be one of"),
     ("arc_easy", ARC_ROW | {"choices": {"text": ["a"], "label": ["A", "B"]}}, "choices should have as many"),
     ("hellaswag", SWAG_ROW, "each choice should be text, one is empty"),
     ("winogrande", {"sentence": "It is _"}, "sentence should have a _"),
-    (
-        "truthfulqa_mc1",
-        {"question": "?", "mc1_targets": TWO | {"labels": [0, 1]}},
-        "labels should be 1, 0, 0",
-    ),
-    (
-        "truthfulqa_mc2",
-        {"question": "?", "mc2_targets": TWO | {"labels": [1, 1]}},
-        "labels should be 1 and 0",
-    ),
+    ("truthfulqa_mc1", {"question": "?", "mc1_targets": TWO | {"labels": [0, 1]}}, "labels should be 1, 0"),
+    ("truthfulqa_mc2", {"question": "?", "mc2_targets": TWO | {"labels": [1, 1]}}, "labels should be 1 and"),
     ("truthfulqa_mc2", {"question": "?", "mc2_targets": TWO | {"labels": [1]}}, "should have as many"),
     ("mmlu", MMLU_ROW, "answer should be an index of 4"),
     ("mmlu", MMLU_ROW | {"choices": ["a"]}, "choices should be four"),
@@ -49,73 +36,106 @@ BAD_ROWS = [  # task, row, what the sentence says
 
 @pytest.mark.parametrize("task, row, says", BAD_ROWS)
 def test_bad_rows(task, row, says, tmp_path, capsys):
-    """lm_eval scores most of these as silent zeros."""
+    """Most of these would be scored as silent zeros, as lm_eval does."""
     file = write_jsonl(tmp_path / "test.jsonl", [row])
     flags = f"--model nowhere --tasks {task} --data {file} --shots 0 --allow-code-execution --answers {file}0"
-    fails(capsys, flags, f"error: {file} line 1: ", says)
+    refused(capsys, flags, f"error: {file} row 1: ", says)
 
 
 def test_one_bad_row_in_ten_is_left_out_of_answers(tmp_path, capsys):
-    """As in training, so that the file one trained on can be asked; but it is said. A benchmark stays whole."""
+    """The file that one trained on could not be asked, or a benchmark would silently lose problems."""
     bad = GSM_ROW | {"answer": 2}
     file = write_jsonl(tmp_path / "x.jsonl", [GSM_ROW] * 9 + [bad])
-    problems, _ = ev.read_task("answers", ev.TASKS["answers"], ev.parse_args(["--data", str(file)]))
+    problems = ev.read_task("answers", ev.parse_args(["--data", str(file)]))
     said = capsys.readouterr().out
-    assert len(problems) == 9 and f"1 rows are left out, the first is {file} line 10" in said
-    fails(capsys, f"--tasks gsm8k --shots 0 --data {file}", "line 10")
-    fails(capsys, f"--data {write_jsonl(file, [GSM_ROW] * 8 + [bad])}", "line 9")
+    assert len(problems) == 9 and f"1 rows are left out, the first is {file} row 10" in said
+    refused(capsys, f"--tasks gsm8k --shots 0 --data {file}", "row 10")
+    refused(capsys, f"--data {write_jsonl(file, [GSM_ROW] * 8 + [bad])}", "row 9")
 
 
 def test_too_few_rows(tmp_path, capsys):
-    """Where the worked examples come from, how many there are, and that none may be asked for."""
+    """A traceback would not say where few-shot examples come from, nor that there may be none."""
     write_jsonl(tmp_path / "train.jsonl", [GSM_ROW] * 3)
     write_jsonl(tmp_path / "test.jsonl", [GSM_ROW])
     flags = f"--tasks gsm8k --model nowhere --data {tmp_path}"
-    fails(capsys, flags, "3 rows for 5 worked examples")
+    refused(capsys, flags, "3 rows for 5 few-shot examples")
     (tmp_path / "train.jsonl").unlink()
-    fails(capsys, flags, f"{tmp_path}: there should be one file train.", "--shots 0")
+    refused(capsys, flags, f"{tmp_path}: should have one train.jsonl", "--shots 0")
     write_jsonl(tmp_path / "test.jsonl", [])
-    fails(capsys, f"{flags} --shots 0", "0 problems")
+    refused(capsys, f"{flags} --shots 0", "0 problems")
 
 
 BAD_FLAGS = [  # flags, what the sentence says
-    ("--tasks gsm9k", "--tasks gsm9k: each once, out of answers, gsm8k"),
-    ("--tasks gsm8k,gsm8k", "--tasks gsm8k,gsm8k: each once"),
+    ("--tasks gsm9k", "--tasks gsm9k: name each task once, out of answers, gsm8k"),
+    ("--tasks gsm8k,gsm8k", "--tasks gsm8k,gsm8k: name each task once"),
     ("--tasks gsm8k,mmlu --data x.jsonl", "--data x.jsonl: should be TASK=PATH"),
     ("--limit 0", "--limit 0"),
     ("--temperature nan", "--temperature nan"),
-    ("--samples 2", "--samples 2: greedy ones are all the same"),
+    ("--samples 2", "--samples 2: greedy responses are the same"),
     ("--tasks humaneval", "give --allow-code-execution"),
     ("--max-new-tokens 512 --limit 1", "--max-new-tokens 512: no room for a prompt"),
-    ("--compare nowhere", "nowhere: no such folder"),
-    ("--tasks reward --data reward=x", "needs --reward-model"),
-    ("--tasks mt_bench --data x", "needs --answers FILE"),
+    ("--compare nowhere", "there is no such folder"),
+    ("--tasks reward --data reward=x", "needs a --reward-model"),
+    ("--tasks mt_bench --data x", "needs --data and --answers FILE"),
 ]
 
 
 @pytest.mark.parametrize("flags, says", BAD_FLAGS)
 def test_bad_flags(flags, says, capsys):
-    """With the value and what would be right; nothing is guessed."""
-    fails(capsys, flags, "error: ", says)
+    """A wrong flag would be guessed at, or show when hours of work are done."""
+    refused(capsys, flags, "error: ", says)
 
 
 def test_pickles_are_not_read(tmp_path, capsys):
-    """They may run any code."""
-    folder = shutil.copytree(BASE, tmp_path / "model")
+    """A pickle may run any code."""
+    folder = shutil.copytree(ROOT / "tests/toy/base", tmp_path / "model")
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    fails(capsys, f"--model {folder} --limit 1", "no file named model.safetensors")
+    refused(capsys, f"--model {folder} --limit 1", "no file named model.safetensors")
 
 
-def test_where_nothing_can_be_written(tmp_path):
-    """Said at once, not when all answers are there and would be lost."""
-    command = [sys.executable, f"{ROOT}/eval.py", "--model", "nowhere", "--out", str(tmp_path)]
+def test_as_a_command(tmp_path):
+    """A mistake would end in a traceback, or --help would wait for libraries that it does not need."""
+    command = [sys.executable, f"{ROOT}/eval.py", "--out", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 2 and done.stderr.startswith("error: ") and str(tmp_path) in done.stderr
+    assert done.returncode == 2 and f"error: {tmp_path}: File exists" in done.stderr
+    lines = ["import sys, eval", "eval.parse_args([])", "print({'datasets', 'scipy'} & {*sys.modules})"]
+    command = [sys.executable, "-c", "; ".join(lines)]
+    assert subprocess.check_output(command, cwd=ROOT, text=True) == "set()\n"
 
 
-def test_pieces_shared_with_gsil_are_the_same_text():
-    """Copied, not imported: a reader meets the same function, and a repair must reach both."""
-    for name in ("read_rows", "to_messages", "to_message", "final_answer", "pad", "die", "load", "Help"):
-        assert inspect.getsource(getattr(ev, name)) == inspect.getsource(getattr(gsil, name)), name
-    for name in ("COLUMNS", "ROLES", "BEYOND_TEXT", "UNUSABLE"):
-        assert getattr(ev, name) == getattr(gsil, name), name
+@pytest.mark.parametrize("name", ["out", "answers"])
+def test_no_file_is_overwritten_or_left_behind(name, tmp_path, capsys):
+    """Results of hours, or the demonstrations, would be lost; a file of a refused run would be in the way."""
+    rows = write_jsonl(tmp_path / "rows.jsonl", [GSM_ROW])
+    refused(capsys, f"--{name} {rows}", f"{rows}: File exists; choose a file that does not exist")
+    assert rows.read_text() == json.dumps(GSM_ROW) + "\n"
+    for path in (tmp_path, "/dev/null"):
+        refused(capsys, f"--{name} {path}", f"{path}: File exists")
+    refused(capsys, f"--{name} {tmp_path}/no/x.json", "No such file or directory")
+    refused(capsys, f"--{name} {rows}/x.json", "Not a directory")
+    refused(capsys, f"--{name} {tmp_path}/x.json --model nowhere --limit 1", "nowhere")
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
+
+
+def test_a_run_that_fails_at_its_second_task_writes_nothing(inputs, tmp_path, capsys):
+    """The file for FastChat would be in the way of the next try."""
+    bench = [{"question_id": 81, "category": "new", "turns": ["1+1?"]}]
+    endless = ARC_ROW | {"choices": {"text": ["a", "a" * 300], "label": ["A", "B"]}}
+    data = f"--data mt_bench={write_jsonl(tmp_path / 'mt.jsonl', bench)} "
+    data += f"--data arc_easy={write_jsonl(tmp_path / 'arc.jsonl', [endless])} "
+    model = inputs.split()[1]
+    refused(
+        capsys,
+        f"--model {model} --tasks mt_bench,arc_easy {data} --answers {tmp_path}/new.jsonl --max-new-tokens 2",
+        "301 tokens",
+    )
+    assert not (tmp_path / "new.jsonl").exists()
+
+
+def test_a_file_that_appears_during_the_run(inputs, tmp_path):
+    """Of two runs that start with one --out, the second to end would overwrite the first."""
+    args = ev.parse_args(f"{inputs} --out {tmp_path}/x.json".split())
+    (tmp_path / "x.json").write_text("theirs")
+    ev.main(args)
+    assert (tmp_path / "x.json").read_text() == "theirs"
+    assert json.loads((tmp_path / "x.json.new").read_text())["results"]["answers"]["n"] == 6

@@ -8,8 +8,7 @@ import pytest
 import torch
 import transformers
 from conftest import byte_tokenizer, tiny_model
-from eval_tools import ARC_ROW, GSM_ROW, fails, policy_of, run, write_jsonl
-from helpers import naive_logp
+from helpers import ARC_ROW, GSM_ROW, evaluate, lm_of, naive_logp, refused, write_jsonl
 
 import eval as ev
 
@@ -36,33 +35,33 @@ def build_model(kind, more):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_in_batches_as_alone(kind):
-    """A plain loop over tokens has no pads, no neighbours and no cache: nothing of them may leak."""
-    policy, rng = policy_of(build_model(kind, KINDS[kind]), byte_tokenizer()), random.Random(0)
+    """Pads, neighbours in the batch or a cache could leak into a response, unlike in a plain loop."""
+    lm, rng = lm_of(build_model(kind, KINDS[kind]), byte_tokenizer()), random.Random(0)
     prompts = [rng.choices(range(3, 250), k=n) for n in (3, 12, 12, 30, 7)]
-    for prompt, (text, was_cut) in zip(prompts, ev.generate(policy, prompts, [], 8, 0, 3), strict=True):
+    for prompt, (text, was_cut) in zip(prompts, ev.generate(lm, prompts, [], 8, 0, 3), strict=True):
         ids = list(prompt)
         while len(ids) < len(prompt) + 8 and ids[-1] != 1:
             with torch.no_grad():
-                ids.append(policy.model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax().item())
-        assert text == policy.tokenizer.decode(ids[len(prompt) :], skip_special_tokens=True)
+                ids.append(lm.model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax().item())
+        assert text == lm.tokenizer.decode(ids[len(prompt) :], skip_special_tokens=True)
         assert was_cut == (ids[-1] != 1)
     pairs = [(prompt, rng.choices(range(3, 250), k=k)) for prompt in prompts[2:] for k in (1, 5, 3)]
-    for (context, rest), value in zip(pairs, ev.loglikelihoods(policy, pairs), strict=True):
+    for (context, rest), value in zip(pairs, ev.loglikelihoods(lm, pairs), strict=True):
         # sums of float32 in another order
-        assert value == pytest.approx(naive_logp(policy.model, context, rest), rel=1e-4)
+        assert value == pytest.approx(naive_logp(lm.model, context, rest), rel=1e-4)
 
 
 def test_one_context_is_read_once():
-    """What makes it fast: a problem whose choices are letters costs one forward pass, not four."""
-    policy, passes = policy_of(tiny_model()), []
-    policy.model.register_forward_pre_hook(lambda _, inputs: passes.append(inputs[0].shape))
+    """A problem whose choices are letters would cost four forward passes instead of one."""
+    lm, passes = lm_of(tiny_model()), []
+    lm.model.register_forward_pre_hook(lambda _, inputs: passes.append(inputs[0].shape))
     for choices in [[5], [6], [7], [8]], [[5], [6, 7], [9, 8, 7]]:
-        ev.loglikelihoods(policy, [([3] * 50, choice) for choice in choices])
+        ev.loglikelihoods(lm, [([3] * 50, choice) for choice in choices])
     assert passes == [(1, 50), (1, 50), (3, 2)]
 
 
 def save(folder, model=None, **changes):
-    """A folder with a model and the tokenizer, changed so."""
+    """A folder with a model and the tokenizer, after these changes to the tokenizer."""
     (model or tiny_model()).save_pretrained(folder)
     tokenizer = byte_tokenizer()
     for name, value in changes.items():
@@ -72,41 +71,38 @@ def save(folder, model=None, **changes):
 
 
 def test_models_without_keys_and_values_are_refused(tmp_path, capsys):
-    """Pads would change Mamba's states, and transformers' RWKV mixes the rows of a batch up."""
+    """Pads would change Mamba's states, and RWKV would mix up the rows of a batch."""
     for kind, more in ("Mamba", {"state_size": 8}), ("Rwkv", {"attention_hidden_size": 32}):
         folder = save(tmp_path / kind, build_model(kind, more))
-        fails(capsys, f"--model {folder} --limit 1", kind.lower(), "no cache")
+        refused(capsys, f"--model {folder} --limit 1", kind.lower(), "no key-value cache")
 
 
 def test_models_that_cannot_be_asked(tmp_path, capsys):
-    """NaN's argmax is token 0, which would be scored as an answer, in truthfulqa_mc1 as 100 %; a choice longer
-    than the window cannot be scored; without a template --chat would ask in another format; without EOS
-    nothing could end."""
+    """Broken weights, a choice beyond the window, no template or no EOS would get a score all the same."""
     gsm = f"--data {write_jsonl(tmp_path / 'gsm.jsonl', [GSM_ROW])} --max-new-tokens 4"
     endless = ARC_ROW | {"choices": {"text": ["a", "a" * 300], "label": ["A", "B"]}}
     arc = f"--tasks arc_easy --data {write_jsonl(tmp_path / 'arc.jsonl', [endless])}"
-    fails(capsys, f"--model {save(tmp_path / 'good')} {arc}", "301 tokens", "256", "aaa")
+    refused(capsys, f"--model {save(tmp_path / 'good')} {arc}", "301 tokens", "256", "aaa")
     model = save(tmp_path / "untemplated", chat_template=None)
-    fails(capsys, f"--model {model} --tasks gsm8k --chat --shots 0 {gsm}", "chat template")
-    fails(capsys, f"--model {model} {gsm}", "chat template")
-    fails(capsys, f"--model {save(tmp_path / 'endless', eos_token=None, pad_token=None)} {gsm}", "EOS")
+    refused(capsys, f"--model {model} --tasks gsm8k --chat --shots 0 {gsm}", "chat template")
+    refused(capsys, f"--model {model} {gsm}", "chat template")
+    refused(capsys, f"--model {save(tmp_path / 'endless', eos_token=None, pad_token=None)} {gsm}", "EOS")
     broken = tiny_model()
     broken.lm_head.weight.data[5, 0] = math.nan
     model = save(tmp_path / "broken", broken)
-    fails(capsys, f"--model {model} {gsm}", "NaN", "answers")
+    refused(capsys, f"--model {model} {gsm}", "NaN", "answers")
     write_jsonl(tmp_path / "arc.jsonl", [ARC_ROW])
-    fails(capsys, f"--model {model} {arc}", "NaN", "arc_easy")
+    refused(capsys, f"--model {model} {arc}", "NaN", "arc_easy")
 
 
 def responses_of(folder, flags=""):
     rows = write_jsonl(folder / "rows.jsonl", [GSM_ROW | {"question": "?" * n} for n in (1, 9, 4)])
-    outcome = run(f"--model {folder} --tasks gsm8k --shots 0 --data {rows} --max-new-tokens 9 {flags}")
+    outcome = evaluate(f"--model {folder} --tasks gsm8k --shots 0 --data {rows} --max-new-tokens 9 {flags}")
     return [sample["responses"] for sample in outcome["samples"]["gsm8k"]]
 
 
 def test_how_a_tokenizer_pads_changes_nothing(tmp_path):
-    """Prompts are padded on the left whatever it says, and without a pad token EOS stands in. Stop strings of
-    the model's own stop: transformers' generate would refuse them."""
+    """Prompts padded on the wrong side, or a model's own stop strings, would change the responses."""
     alone = responses_of(save(tmp_path), "--batch-size 1")
     assert len(alone[0][0]) > 1
     for change in {}, {"padding_side": "left"}, {"padding_side": "right"}, {"pad_token": None}:
@@ -117,31 +113,46 @@ def test_how_a_tokenizer_pads_changes_nothing(tmp_path):
 
 
 def test_the_seed_decides_the_samples(tmp_path):
-    """A result that cannot be had again is none."""
+    """A result of sampling could not be had again."""
     flags = "--samples 3 --temperature 1 --seed"
     first, again, other = [responses_of(save(tmp_path), f"{flags} {seed}") for seed in (0, 0, 1)]
     assert first == again != other and all(len({*texts}) > 1 for texts in first)
 
 
+@pytest.mark.parametrize("bias, empty, unfinished", [(100.0, 3, 0), (-100.0, 0, 3)])
+def test_what_may_explain_a_result_is_counted(bias, empty, unfinished, tmp_path, capsys):
+    """Silent models, or answers that are cut, would look like wrong answers."""
+    model = tiny_model()
+    model.generation_config.sequence_bias = [[[1], bias]]  # of EOS
+    texts = responses_of(save(tmp_path, model))
+    assert all((text == "") == (empty == 3) for [text] in texts)
+    said = capsys.readouterr().out
+    assert ("gsm8k: 3 responses are empty" in said) == (empty == 3)
+    assert ("gsm8k: 3 responses were cut at --max-new-tokens" in said) == (unfinished == 3)
+
+
 @pytest.mark.parametrize("short", [0, 1])
-def test_what_may_explain_a_result_is_counted(short, monkeypatch):
-    """Beginnings that were not read, from the first token on; silence; responses cut. A problem's score is the
-    mean of its samples."""
-    monkeypatch.setattr(ev, "loglikelihoods", lambda *_: [0.0, 0.0])
-    said = [("", False), (" \n", True), ("#### 2", True), ("2", False)]
-    monkeypatch.setattr(ev, "generate", lambda *_: said)
-    args = ev.parse_args(["--samples", "4", "--temperature", "1", "--max-new-tokens", "9"])
-    policy = policy_of(tiny_model(), byte_tokenizer(), len("Question: Which?\nAnswer: b") - 1 - short)
-    (sample,) = ev.choose("arc_easy", ev.TASKS["arc_easy"], [ev.read_arc(ARC_ROW)], [[]], policy, args)
-    assert sample["truncated"] == bool(short)
-    policy = policy._replace(window=len("Question: 1+1?\nAnswer:") + 9 - short)
-    (sample,) = ev.respond("gsm8k", ev.TASKS["gsm8k"], [ev.read_gsm8k(GSM_ROW)], [[]], policy, args)
-    assert (sample["truncated"], sample["empty"], sample["unfinished"]) == (bool(short), 2, 2)
-    assert sample["metrics"] == {"exact_match,strict-match": 0.25, "exact_match,flexible-extract": 0.5}
+def test_prompts_that_lose_their_beginning_are_counted(short, tmp_path):
+    """A benchmark whose prompts do not fit would pass for one that was asked in full."""
+    for task, row, text in [
+        ("arc_easy", ARC_ROW, "Question: Which?\nAnswer: "),
+        ("gsm8k", GSM_ROW, "Question: 1+1?\nAnswer:" + "?" * 9),
+    ]:
+        model = tiny_model()
+        model.config.max_position_embeddings = len(text) - short
+        rows = write_jsonl(tmp_path / "rows.jsonl", [row])
+        flags = f"--model {save(tmp_path, model)} --tasks {task} --data {rows} --shots 0 --max-new-tokens 9"
+        assert evaluate(flags)["results"][task]["truncated"] == short
+
+
+def test_the_score_of_samples_is_their_mean():
+    """One right sample of four would count as a right answer."""
+    score = ev.TASKS["gsm8k"].score(ev.TASKS["gsm8k"].read(GSM_ROW), ["", " \n", "#### 2", "2"])
+    assert score["metrics"] == {"exact_match,strict-match": 0.25, "exact_match,flexible-extract": 0.5}
 
 
 def test_windows():
-    """lm_eval's order; a longrope model's is the one up to which its numbers depend on no other row."""
+    """Prompts would be cut elsewhere than in lm_eval, or longrope would mix up the rows of a batch."""
     longrope = {"rope_type": "longrope", "original_max_position_embeddings": 44}
     for config, window in [
         ({"n_positions": 11}, 11),
@@ -151,4 +162,60 @@ def test_windows():
         ({}, 77),
     ]:
         assert ev.find_window(SimpleNamespace(**config), SimpleNamespace(model_max_length=77)) == window
-    assert ev.find_window(SimpleNamespace(), SimpleNamespace(model_max_length=int(1e30))) is None
+    assert ev.find_window(SimpleNamespace(), SimpleNamespace(model_max_length=int(1e30))) == 2048
+
+
+def test_a_shared_beginning_is_read_once():
+    """MMLU's few-shot examples would be read for every problem, or used when no longer in the cache."""
+    rng = random.Random(0)
+    examples, *rests = [rng.choices(range(3, 250), k=k) for k in (40, 9, 12, 9, 30)]
+    pairs = [(examples + rest, continuation) for rest in rests for continuation in ([5], [6], [7, 8, 9])]
+    pairs += [([4] * 20, [5, 6]), ([4] * 20, [7])]  # nothing in common with those before
+    pairs += [([4] * n, [5, n]) for n in (21, 18)]  # one goes on where the other ends
+    for kind, more, read in [("Gemma2", {"sliding_window": 8}, 49), ("GPT2", {}, 9), ("Gemma2", {}, 9)]:
+        lm, shapes = lm_of(build_model(kind, more)), []
+        lm.model.register_forward_pre_hook(lambda _, inputs, shapes=shapes: shapes.append(inputs[0].shape))
+        values = ev.loglikelihoods(lm, pairs)
+        assert [shapes[0], shapes[1], shapes[4]] == [(1, 49), (3, 2), (1, read)] and shapes[8] == (1, 20)
+        for (context, rest), value in zip(pairs, values, strict=True):
+            assert value == pytest.approx(naive_logp(lm.model, context, rest), rel=1e-4)
+
+
+def test_a_penalty_sees_no_pads(tmp_path):
+    """A pad that a prompt does not contain would be penalized as a repetition, and change the response."""
+    model = tiny_model()
+    model.generation_config.update(repetition_penalty=3.0, sequence_bias=[[[0], 4.0]])  # 0 is often said
+    folder = save(tmp_path, model)
+    assert responses_of(folder) == responses_of(folder, "--batch-size 1")
+
+
+def test_templates_by_name(tmp_path, capsys):
+    """A tokenizer with several templates and no default would be asked in one that nobody chose."""
+    named = {"rag": byte_tokenizer().chat_template, "tools": byte_tokenizer().chat_template}
+    folder, rows = tmp_path / "named", write_jsonl(tmp_path / "x.jsonl", [GSM_ROW])
+    flags = f"--model {save(folder, chat_template=named)} --max-new-tokens 4 --data {rows}"
+    for more in "", " --tasks gsm8k --shots 0 --chat":
+        refused(capsys, flags + more, f"{folder}: ", "need a default chat template", "rag", "tools")
+    refused(capsys, f"{flags} --compare {folder} --model {save(tmp_path / 'good')}", f"{folder}: ")
+    assert evaluate(f"{flags} --tasks gsm8k --shots 0")["results"]  # which does not ask in one
+    save(folder, chat_template=named | {"default": byte_tokenizer().chat_template})
+    assert evaluate(flags)["samples"]["answers"][0]["prompt"].endswith("<|assistant|>\n")
+
+
+def test_a_tokenizer_with_more_ids_than_the_model(tmp_path, capsys):
+    """An id without an embedding would end the run in an IndexError, or on a GPU in an assertion."""
+    tokenizer = byte_tokenizer()
+    known = len(tokenizer)
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    tokenizer.add_tokens(["house"])
+    for folder in (tmp_path / "a", tmp_path / "b"):
+        tiny_model(known).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    rows = write_jsonl(tmp_path / "x.jsonl", [GSM_ROW, GSM_ROW | {"question": "What is 1 + 1?"}])
+    flags = f"--model {folder} --tasks gsm8k --shots 0 --max-new-tokens 4"
+    assert evaluate(f"{flags} --data {rows}")["results"]["gsm8k"]["n"] == 2
+    write_jsonl(rows, [GSM_ROW | {"question": "How many house?"}])
+    refused(capsys, f"{flags} --data {rows}", f"gives 'house' the id {known + 1}", f"only {known} embeddings")
+    row = ARC_ROW | {"choices": {"text": ["a", "house"], "label": ["A", "B"]}}
+    arc = write_jsonl(tmp_path / "arc.jsonl", [row])
+    refused(capsys, f"--model {folder} --tasks arc_easy --data {arc}", "gives 'house' the id")

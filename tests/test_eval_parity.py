@@ -5,7 +5,7 @@ tests/parity/golden.json was written by tests/parity/oracle.py from lm_eval. Eve
 
 import pytest
 from conftest import byte_tokenizer
-from eval_tools import GOLDEN, flags_of, oracle, run, write_jsonl
+from helpers import GOLDEN, evaluate, flags_of, oracle, write_jsonl
 
 import eval as ev
 
@@ -43,9 +43,9 @@ BATCHES += [("A gsm8k 5 shots", 2), ("B gsm8k 2 shots, chat", 3), ("B gsm8k, eve
 
 @pytest.mark.parametrize("name, batch", BATCHES)
 def test_equal_to_lm_eval(name, batch, models):
-    """A prompt that differs in one blank, a missing BOS, one stop string less: each changes the score."""
+    """A prompt that differs in one blank, a missing BOS, one stop sequence less: each changes the score."""
     task = oracle.CASES[name]["task"]
-    outcome = run(flags_of(oracle.CASES[name], models, batch))
+    outcome = evaluate(flags_of(oracle.CASES[name], models, batch))
     check_equal(task, outcome, GOLDEN["cases"][name])
     result = outcome["results"][task]
     assert result["truncated"] == (result["n"] if "every prompt cut" in name else 0)
@@ -53,10 +53,10 @@ def test_equal_to_lm_eval(name, batch, models):
 
 @pytest.mark.parametrize("task", GOLDEN["canned"])
 def test_canned_responses_score_as_in_lm_eval(task):
-    """Right and wrong answers, tricky ones above all: '#### 18.', 'The answer is 18', '...', sys.exit(0)."""
+    """Tricky answers would count otherwise: '#### 18.', 'The answer is 18', '...', sys.exit(0)."""
     rows, responses = oracle.canned()[task]
-    problems = [ev.TASKS[task].read(ev.Row(row)) for row in rows]
-    samples = ev.TASKS[task].score(ev.TASKS[task], problems, [[text] for text in responses])
+    problems = [ev.TASKS[task].read(row) for row in rows]
+    samples = [ev.TASKS[task].score(problem, [text]) for problem, text in zip(problems, responses)]
     for sample, document in zip(samples, GOLDEN["canned"][task]["documents"], strict=True):
         check_score(sample, document)
     summary = ev.summarize(samples)
@@ -65,20 +65,21 @@ def test_canned_responses_score_as_in_lm_eval(task):
 
 
 def test_mmlu_in_one_file(models, tmp_path):
-    """The Hub's configuration `all` is one table with a column subject: the same as a folder per subject."""
+    """The Hub's configuration `all`, one table with a column subject, would not be read as the folders are."""
     for split in ("test", "dev"):
         rows = []
         for folder in sorted((oracle.ROWS / "mmlu").iterdir()):
             rows += [row | {"subject": folder.name} for _, row in ev.read_rows(f"{folder}/{split}.jsonl", "")]
         write_jsonl(tmp_path / f"{split}.jsonl", rows)
-    outcome = run(f"--model {models}/A --tasks mmlu --shots 5 --data {tmp_path} --device cpu")
+    outcome = evaluate(f"--model {models}/A --tasks mmlu --shots 5 --data {tmp_path} --device cpu")
     check_equal("mmlu", outcome, GOLDEN["cases"]["A mmlu 5 shots"])
 
 
 def test_a_template_without_system_turn():
-    """Gemma's template refuses MMLU's description as a system turn; lm_eval leaves the turn out."""
+    """Gemma's template, which refuses MMLU's description as a system turn, would end the run."""
     tokenizer = byte_tokenizer()
-    asked = ev.build_prompt({}, [], "Which?", tokenizer)
+    problem = {"question": "Which?", "examples": []}
+    asked = ev.build_prompt(problem, tokenizer)
     refuse = "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}"
     tokenizer.chat_template = refuse + tokenizer.chat_template
-    assert ev.build_prompt({"description": "About anatomy."}, [], "Which?", tokenizer) == asked
+    assert ev.build_prompt(problem | {"description": "About anatomy."}, tokenizer) == asked

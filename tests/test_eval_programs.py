@@ -32,13 +32,12 @@ if os.geteuid() != 0:  # root may start processes without limit
 
 @pytest.mark.parametrize("name", MUST_FAIL)
 def test_programs_that_must_fail(name):
-    """Each would otherwise be a right answer, a hang, or damage."""
+    """Each of these would pass for a right answer, hang the run, or do damage."""
     assert not ev.passes(PROMPT + MUST_FAIL[name] + TEST + "check(double)", seconds=1)
 
 
 def test_programs_see_no_secrets_and_leave_nothing(tmp_path, monkeypatch):
-    """Keys in the environment are not theirs to read; they have a folder; a process of theirs must not outlive
-    them, whatever it ignores."""
+    """A program could send the user's keys away, or leave a process that goes on after its score."""
     monkeypatch.setenv("HF_TOKEN", "secret")
     assert ev.passes("import os\nassert 'HF_TOKEN' not in os.environ")
     assert ev.passes(
@@ -55,8 +54,8 @@ def test_programs_see_no_secrets_and_leave_nothing(tmp_path, monkeypatch):
 
 
 def test_samples_of_a_program_are_averaged():
-    """One of three passes: pass@1 is 1/3, not 1."""
-    problems = [ev.read_humaneval({"prompt": PROMPT, "test": TEST, "entry_point": "double"})]
-    (score,) = ev.score_programs(ev.TASKS["humaneval"], problems, [[RIGHT, "", ""]])
+    """One right program of three would make pass@1 1 instead of 1/3."""
+    problem = ev.read_humaneval({"prompt": PROMPT, "test": TEST, "entry_point": "double"})
+    score = ev.pass_at_1(problem, [RIGHT, "", ""])
     assert score["passed"] == [True, False, False]
     assert score["metrics"] == {"pass@1,create_test": pytest.approx(1 / 3)}

@@ -1,13 +1,16 @@
 """eval.py: the tasks that are not lm_eval's: `answers`, `reward`, and `mt_bench` with its file for FastChat."""
 
+import json
 import math
+from statistics import fmean, stdev
 
 import pytest
 import torch
 import transformers
 from conftest import byte_tokenizer, tiny_model
-from eval_tools import GSM_ROW, fails, run, write_jsonl
-from helpers import assistant, read_jsonl, user
+from helpers import GSM_ROW, assistant, evaluate, lm_of, read_jsonl, refused, user, write_jsonl
+from safetensors.torch import save_file
+from tokenizers import processors
 
 import eval as ev
 import gsil
@@ -16,22 +19,21 @@ HH = "\n\nHuman: Hi \n\nAssistant: Hello\n\nHuman: Why?\n\nAssistant: So. #### 2
 
 
 def test_answers_asks_as_training_does(inputs, tmp_path):
-    """A policy is trained on one prompt, of a row in any format; asked with another it would look worse than it
-    is. What a reward model compares with needs no number at its end."""
+    """A policy that is trained on one prompt and asked with another would look worse than it is."""
     system = {"role": "system", "content": "Short."}
     rows = [GSM_ROW, {"messages": [system, user("1+1?"), assistant("#### 1,002")]}]
     rows += [{"instruction": "1+1?", "output": "####\t$2."}, {"chosen": HH, "rejected": "x"}]
-    outcome = run(f"{inputs} --data {write_jsonl(tmp_path / 'rows.jsonl', rows)}")
+    outcome = evaluate(f"{inputs} --data {write_jsonl(tmp_path / 'rows.jsonl', rows)}")
     tokenizer, model = byte_tokenizer(), tiny_model()
     demos = [gsil.encode(row, tokenizer, {1}) for row in rows]
     ids = gsil.sample(model, [demo["prompt_ids"] for demo in demos], {1}, 5, 0, 4, "")
     for sample, demo, response in zip(outcome["samples"]["answers"], demos, ids, strict=True):
         assert sample["prompt"] == demo["prompt"] and sample["gold"] == demo["answer"]
-        assert ev.tokenize(tokenizer, sample["prompt"], special=False) == demo["prompt_ids"]
+        assert ev.encode(lm_of(model, tokenizer), sample["prompt"], special=False) == demo["prompt_ids"]
         assert sample["responses"] == [tokenizer.decode(response, skip_special_tokens=True)]
-    turns = [("user", "Hi"), ("assistant", "Hello"), ("user", "Why?")]
+    turns = [user("Hi"), assistant("Hello"), user("Why?")]
     read = ev.TASKS["reward"].read({"chosen": HH.replace("#### 2", "\n"), "rejected": "x"})
-    assert read == {"turns": turns, "response": "So.", "gold": None}
+    assert read == {"turns": turns, "response": "So.", "gold": None}  # which needs no number at its end
 
 
 def reward_model(folder, pad=1, labels=1):
@@ -45,11 +47,12 @@ def reward_model(folder, pad=1, labels=1):
 
 @pytest.mark.parametrize("pad", [1, 0, None])
 def test_a_reward_is_read_at_the_end_of_the_training_text(pad, tmp_path):
-    """At another token than it was fitted at it is noise; with EOS as pad too, as many models have it."""
+    """A reward read at another token than it was fitted at, as where EOS is also the pad, would be noise."""
     model = reward_model(tmp_path, pad)
-    pairs = [([("user", GSM_ROW["question"])], answer) for answer in (GSM_ROW["answer"], "2", "3")]
-    loaded = ev.load_model("AutoModelForSequenceClassification", tmp_path, ev.parse_args(["--device", "cpu"]))
-    for (_, answer), value in zip(pairs, ev.rewards(*loaded, pairs), strict=True):
+    answers = (GSM_ROW["answer"], "2", "3")
+    problems = [{"turns": [user(GSM_ROW["question"])]}] * 3
+    loaded = ev.load_reward_model(ev.parse_args(["--reward-model", str(tmp_path)]))
+    for answer, value in zip(answers, ev.rewards(loaded, problems, answers), strict=True):
         demo = gsil.encode(GSM_ROW | {"answer": answer}, byte_tokenizer(), {1})
         hidden = model.model(torch.tensor([demo["prompt_ids"] + demo["real_ids"]])).last_hidden_state
         expected = (model.score.weight @ hidden[0, -1]).item()
@@ -57,58 +60,105 @@ def test_a_reward_is_read_at_the_end_of_the_training_text(pad, tmp_path):
 
 
 def test_models_that_cannot_be_a_reward(tmp_path, capsys):
-    """Found before any response is sampled, and said with what is needed; a missing head would be random."""
+    """A missing head would be random, and show only when all responses are sampled."""
     flags = f"--tasks reward --data {write_jsonl(tmp_path / 'rows.jsonl', [GSM_ROW])} --model nowhere"
     flags += f" --reward-model {tmp_path}"
     reward_model(tmp_path, labels=2)
-    fails(capsys, flags, "num_labels=1")
+    refused(capsys, flags, "num_labels=1")
     tiny_model().save_pretrained(tmp_path)
-    fails(capsys, flags, "score.weight")
+    refused(capsys, flags, "score.weight")
     reward_model(tmp_path)
     (tmp_path / "chat_template.jinja").unlink()
-    fails(capsys, flags, "chat template")
+    refused(capsys, flags, "need a default chat template", "--reward-template")
 
 
-def test_win_rate(inputs, tmp_path, monkeypatch):
-    """A tie is not a win; without --compare the data's answer is the other side, with it the other model's."""
-    sides = iter([[1.0, 2.0, 0.0], [0.0, 2.0, 4.0]])
-    monkeypatch.setattr(ev, "rewards", lambda *_: next(sides))
-    outcome = {"samples": {"reward": [{"responses": ["abc"]}] * 3}}
-    ev.judge(outcome, [{"turns": [], "response": "a"}] * 3, (None,), ev.parse_args([]))
-    found = outcome["duel"]
-    assert (found["n"], found["wins"], found["ties"], found["against"]) == (3, 1, 1, "the data")
-    assert found["win_rate"] == pytest.approx(1 / 3) and found["difference"] == -1
-    assert found["half_width"] == pytest.approx(1.96 * math.sqrt(7 / 3))
-    assert found["characters"] == 3 and found["other_characters"] == 1
-    monkeypatch.undo()
+def beaver_model(folder):
+    """A random model in the layout of PKU-Alignment/beaver-7b-v3.0-reward, and a function that scores by hand."""
+    body = transformers.LlamaModel(tiny_model().config).eval()
+    head = torch.nn.Linear(body.config.hidden_size, 1)
+    weights = {f"model.{name}": weight for name, weight in body.state_dict().items()}
+    weights |= {f"score_head.{name}": weight for name, weight in head.state_dict().items()}
+    weights |= {"normalizer.mean": torch.zeros(1), "normalizer.var": torch.ones(1)}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    config = body.config.to_dict() | {"architectures": ["LlamaForScore"], "score_dim": 1, "bias": True}
+    (folder / "config.json").write_text(json.dumps(config, default=str))
+    tokenizer = byte_tokenizer(chat_template=None)
+    put_bos = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    tokenizer.backend_tokenizer.post_processor = put_bos  # as Llama's tokenizer does
+    tokenizer.save_pretrained(folder)
+
+    @torch.no_grad()
+    def score(text):
+        ids = tokenizer(text + tokenizer.eos_token).input_ids
+        assert ids[0] == 0 and ids[-1] == 1  # BOS and EOS
+        return head(body(torch.tensor([ids])).last_hidden_state[0, -1]).item()
+
+    return score, head.bias.item()
+
+
+def test_a_reward_model_of_the_papers(tmp_path, inputs, capsys):
+    """The reward model of the papers, with other names and another format, would be refused or be random."""
+    score, bias = beaver_model(tmp_path)
+    flags = f"{inputs} --tasks reward --reward-model {tmp_path}"
+    refused(capsys, flags, "need a default chat template", "--reward-template")
+    outcome = evaluate(f"{flags} --reward-template beaver")
+    rows = [(row["question"], row["answer"]) for row in read_jsonl(inputs.split()[3])]
+    said = [(q, sample["responses"][0]) for (q, _), sample in zip(rows, outcome["samples"]["reward"])]
+    for texts, name in ((said, "rewards"), (rows, "other_rewards")):
+        expected = [score(f"BEGINNING OF CONVERSATION: USER: {q} ASSISTANT:{a.strip()}") for q, a in texts]
+        assert len({*expected}) > 1  # it shifts every reward by the same number; float32 sums
+        assert [value + bias for value in outcome["duel"][name]] == pytest.approx(
+            expected, rel=1e-4, abs=1e-5
+        )
+    rm = ev.load_reward_model(ev.parse_args(["--reward-model", str(tmp_path), "--reward-template", "beaver"]))
+    (value,) = ev.rewards(rm, [{"turns": [user("Hi"), assistant("Yes?"), user("1+1?")]}], ["2"])
+    text = "BEGINNING OF CONVERSATION: USER: Hi ASSISTANT:Yes?</s>USER: 1+1? ASSISTANT:2"
+    assert value + bias == pytest.approx(score(text), rel=1e-4, abs=1e-5)
+
+
+def test_win_rate(inputs, tmp_path):
+    """A tie would count as a win, or the responses be compared with the wrong side's."""
     reward_model(tmp_path)
-    same = run(f"{inputs} --tasks reward --reward-model {tmp_path} --compare {inputs.split()[1]}")
-    assert same["duel"]["ties"] == 6
+    flags = f"{inputs} --tasks reward --reward-model {tmp_path}"
+    outcome = evaluate(flags)
+    duel, samples = outcome["duel"], outcome["samples"]["reward"]
+    a, b = duel["rewards"], duel["other_rewards"]
+    answers = [row["answer"] for row in read_jsonl(inputs.split()[3])]
+    differences = [x - y for x, y in zip(a, b, strict=True)]
+    wins = sum(x > 0 for x in differences)
+    assert (duel["n"], duel["against"], duel["ties"]) == (6, "the data", 0)
+    assert duel["wins"] == wins and duel["win_rate"] == wins / 6
+    assert (duel["reward"], duel["other_reward"]) == (fmean(a), fmean(b))
+    assert duel["difference"] == pytest.approx(fmean(differences))
+    assert duel["half_width"] == pytest.approx(1.96 * stdev(differences) / math.sqrt(6))
+    assert duel["characters"] == fmean(len(sample["responses"][0].strip()) for sample in samples)
+    assert duel["other_characters"] == fmean(map(len, answers))
+    same = evaluate(f"{flags} --compare {inputs.split()[1]}")["duel"]
+    assert (same["ties"], same["wins"], same["win_rate"]) == (6, 0, 0)
+    assert same["other_rewards"] == a and same["against"] == inputs.split()[1]
 
 
-BENCH = {83: "writing", 81: "new", 82: "math", 84: "stem"}  # question_id -> category
+BENCH = {83: ("writing", 0.7), 81: ("new", 0.7), 82: ("math", 0), 84: ("stem", 0.1)}  # and its temperature
 
 
-def test_mt_bench_writes_what_fastchat_reads(inputs, tmp_path, monkeypatch, capsys):
-    """Its rules: temperature by category, 0.7 for what it does not know; turn 2 sees turn 1. A field that its
-    judge misses costs the run; a file that is there could be the demonstrations."""
-    asked = []
-
-    def fake(policy, prompts, stop, longest, temperature, batch_size, name=""):
-        asked.append((policy.tokenizer.decode(prompts[0]), temperature, torch.initial_seed()))
-        return [(" 7 ", True)]
-
-    monkeypatch.setattr(ev, "generate", fake)
-    rows = [{"question_id": n, "category": BENCH[n], "turns": ["1+1?", "And?"]} for n in BENCH]
+def test_mt_bench_writes_what_fastchat_reads(inputs, tmp_path, capsys):
+    """FastChat's judge would miss a field, or judge responses at another temperature than the published ones."""
+    rows = [{"question_id": n, "category": BENCH[n][0], "turns": ["1+1?", "And?"]} for n in BENCH]
     questions, file = write_jsonl(tmp_path / "question.jsonl", rows), tmp_path / "toy.jsonl"
     flags = f"{inputs} --tasks mt_bench --data {questions} --answers {file} --seed 5"
-    result = run(flags)["results"]["mt_bench"]
+    result = evaluate(flags)["results"]["mt_bench"]
     assert result["n"] == 4 and result["unfinished"] == 8
-    assert [temperature for _, temperature, _ in asked] == [0.7, 0.7, 0.7, 0.7, 0, 0, 0.1, 0.1]
-    assert {seed for _, _, seed in asked} == {0}
-    assert "<|assistant|>\n7</s>" in asked[1][0] and "7" not in asked[0][0]
-    for answer, n in zip(read_jsonl(file), BENCH, strict=True):
+    lm = lm_of(tiny_model(), byte_tokenizer())
+    for answer, (n, (_, temperature)) in zip(read_jsonl(file), BENCH.items(), strict=True):
         assert {*answer} == {"question_id", "answer_id", "model_id", "choices", "tstamp"}
         assert (answer["question_id"], answer["model_id"]) == (n, "toy")
-        assert answer["choices"] == [{"index": 0, "turns": ["7", "7"]}]
-    fails(capsys, flags, "--answers", "overwritten")
+        turns, expected = [], []
+        for question in ("1+1?", "And?"):
+            turns.append(user(question))
+            prompt = ev.encode(lm, ev.apply_chat_template(lm.tokenizer, turns), special=False)
+            torch.manual_seed(0)
+            ((text, _),) = ev.generate(lm, [prompt], [], 5, temperature, 1)
+            expected.append(text.strip())
+            turns.append(assistant(text.strip()))  # the second question sees the first answer
+        assert answer["choices"] == [{"index": 0, "turns": expected}]
+    refused(capsys, flags, f"{file}: File exists")

@@ -1,4 +1,5 @@
-"""Section 8 of gsil.py: a run that is stopped anywhere goes on, and ends with the weights of an undisturbed one."""
+"""Section 8 of gsil.py: the run's folder. A run that stops anywhere goes on, and ends with the weights of an
+undisturbed one."""
 
 import errno
 import json
@@ -8,8 +9,9 @@ import signal
 from pathlib import Path
 
 import pytest
-import torch
-from helpers import metrics, read_jsonl, run, weights, write_jsonl
+from helpers import as_script, metrics, refusal, run, table, weights
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from transformers import AutoConfig
 
 import gsil
 
@@ -25,65 +27,60 @@ def undisturbed(inputs, tmp_path_factory):
 
 
 def check_equal(ours, theirs):
-    """The same files with the same weights, and the same metrics but for the clock."""
+    """The same files with the same weights and pairs, and the same metrics and table but for the clock."""
     names, expected = ([path.relative_to(out) for path in sorted(out.rglob("*"))] for out in (ours, theirs))
     assert names == expected
     for file in theirs.rglob("*.safetensors"):
         assert weights(ours / file.relative_to(theirs).parent) == weights(file.parent)
-    assert metrics(ours) == metrics(theirs)
+    for file in theirs.glob("round_*.jsonl"):
+        assert (ours / file.name).read_text() == file.read_text()
+    assert metrics(ours) == metrics(theirs) and table(ours) == table(theirs)
 
 
-def killed(flags, threads):
+def killed(flags):
     """A run that is killed before the second step of round 2."""
-    torch.set_num_threads(threads)
-    calls = []
-    update = gsil.update
+    steps = []
 
-    def dies(*args):
-        calls.append(args)
-        if len(calls) == 4:
+    def dies(*_):
+        steps.append(1)
+        if len(steps) == 4:
             os.kill(os.getpid(), signal.SIGKILL)
-        return update(*args)
 
-    gsil.update = dies
+    register_optimizer_step_pre_hook(dies)
     run(flags)
 
 
 def test_kill_9_and_resume(inputs, undisturbed, tmp_path, capsys):
-    """A machine that is taken away must cost no more than the phase it was in, and change no digit. What was
-    sampled is not sampled again."""
+    """A machine that is taken away would cost finished work, or change the weights that the run ends with."""
     out = tmp_path / "out"
-    arguments = (inputs + FAST + f"--rounds 2 --out {out}", torch.get_num_threads())
-    process = multiprocessing.get_context("forkserver").Process(target=killed, args=arguments)
+    flags = inputs + FAST + f"--rounds 2 --out {out}"
+    process = multiprocessing.get_context("fork").Process(target=killed, args=(flags,))
     process.start()
     process.join()
-    assert process.exitcode == -signal.SIGKILL and not (out / "round_2").exists()
+    assert process.exitcode == -signal.SIGKILL
+    assert (out / "round_1").exists() and not (out / "round_2").exists()
     run(f"--resume {out}")
     check_equal(out, undisturbed)
     assert "sampling" not in capsys.readouterr().out
 
 
 def test_a_fault_at_every_rename_and_resume(inputs, tmp_path, monkeypatch):
-    """Each rename of a run in turn fails, and leaves half of what was to be renamed: no file may be taken for
-    whole, and none be missed, afterwards."""
-    replace = os.replace
-    names = []
-    failing = None
+    """A file or folder that is half written would be taken for whole, or a whole one be missed, after a fault."""
+    replace, names, failing = os.replace, [], None
 
     def fails(source, target):
         names.append(Path(target).name)
         if len(names) == failing:
-            for file in filter(Path.is_file, (source, *source.rglob("*"))):
-                if file.name != "generated.jsonl" or file == source:  # it was whole before
-                    os.truncate(file, file.stat().st_size // 2)
+            for file in filter(Path.is_file, (Path(source), *Path(source).rglob("*"))):
+                os.truncate(file, file.stat().st_size // 2)
             raise OSError(errno.ENOSPC, "No space left on device", str(source))
         replace(source, target)
 
     monkeypatch.setattr(os, "replace", fails)
     run(inputs + FAST + f"--out {tmp_path}/whole")
-    renamed = ["args.json", "metrics.jsonl", "generated.jsonl", "round_1", "sft", "summary.json"]
-    assert names == renamed
-    for failing in range(2, len(renamed) + 1):  # without args.json there is nothing to resume
+    renamed = names.copy()
+    assert renamed[0] == "args.json" and {*renamed[1:]} == {"summary.json", "round_1.jsonl", "round_1", "sft"}
+    for failing in range(2, len(renamed) + 1):  # without the first one, args.json, there is nothing to resume
         names.clear()
         out = tmp_path / str(failing)
         with pytest.raises(OSError, match="No space"):
@@ -93,36 +90,88 @@ def test_a_fault_at_every_rename_and_resume(inputs, tmp_path, monkeypatch):
         check_equal(out, tmp_path / "whole")
 
 
-def test_resume_with_more_rounds(inputs, undisturbed, tmp_path):
-    """SFT is trained again, as its budget has grown; a finished round is not, and keeps its seconds. If a run
-    stopped between saving and evaluating a round, these are lost: 0 is a number that nobody measured."""
-    out = tmp_path / "one"
-    [_, row, _] = run(inputs + FAST + f"--out {out}")["rows"]
-    summary = run(f"--resume {out} --rounds 2")
+def test_resume_with_more_rounds_and_another_baseline(inputs, undisturbed, tmp_path):
+    """Finished rounds would be trained again, lose their seconds, or be followed by other ones; and seconds that
+    nobody measured, as the run stopped between a stage and its row, would be a number."""
+    out = tmp_path / "out"
+    before = run(inputs + FAST + f"--baseline none --out {out}")
+    rows = run(f"--resume {out} --rounds 2 --baseline sft")
+    assert [*rows] == ["base", "round 1", "round 2", "sft"]
+    assert rows["round 1"] == before["round 1"] and rows["round 1"]["seconds"] > 0
     check_equal(out, undisturbed)
-    assert [row["name"] for row in summary["rows"]] == ["base", "round 1", "round 2", "sft"]
-    assert summary["rows"][1]["seconds"] == row["seconds"] > 0
-    assert gsil.parse_args(["--resume", str(out), "--rounds", "1"]).rounds == 2  # they only grow
-    kept = [record for record in read_jsonl(out / "metrics.jsonl") if record["phase"] != "round 2"]
-    write_jsonl(out / "metrics.jsonl", kept)
-    assert [row["seconds"] is None for row in run(f"--resume {out}")["rows"]] == [True, False, True, False]
+    rows.pop("round 2")
+    (out / "summary.json").write_text(json.dumps(rows))
+    assert run(f"--resume {out}")["round 2"]["seconds"] is None
 
 
-def test_a_run_goes_on_with_its_own_flags_or_not_at_all(undisturbed, tmp_path, monkeypatch, capsys):
-    """Flags silently ignored, or changed halfway, would make args.json a lie; and a second run must not write
-    into the first one's folder."""
+OTHER = """--model x, --data x, --split x, --dev x, --heldout x, --habit x, --prompt-template {prompt}, --max-new-tokens 6,
+    --loss spin, --scale 2, --shift 1, --epochs 2, --temperature 2, --optimizer rmsprop, --lr 1, --shift-lr 1,
+    --warmup 1, --batch 5, --checkpoint-activations, --clip 2, --sample-batch 2, --seed 1, --out x"""
+
+
+def test_a_run_goes_on_with_its_own_flags_or_not_at_all(undisturbed, capsys):
+    """Half of a run would be trained one way and half another, and args.json be right for neither."""
     saved = json.loads((undisturbed / "args.json").read_text())
-    args = gsil.parse_args(["--resume", str(undisturbed)])
-    assert vars(args) == saved | {"resume": str(undisturbed), "out": str(undisturbed)}
-    (tmp_path / "args.json").write_text('{"model": "x"}\n')
-    refused = {f"--resume {undisturbed} --lr 1": "give no other but --rounds"}
-    refused |= dict.fromkeys([f"--resume {undisturbed}/round_1", f"--resume {tmp_path}"], "there is no run")
-    refused |= dict.fromkeys([f"--out {undisturbed}", f"--out {undisturbed}/args.json"], "is there already")
-    for flags, says in refused.items():
-        with pytest.raises(SystemExit) as stop:
-            gsil.parse_args(flags.split())
-        assert stop.value.code == 2 and says in capsys.readouterr().err
+    anew = "--device cpu --micro-batch 77 --baseline none --rounds 3 --lr 1e-3"  # the last one as it was
+    args = vars(gsil.parse_args(["--resume", str(undisturbed), *anew.split()]))
+    changed = {"micro_batch": 77, "baseline": "none", "rounds": 3, "resume": str(undisturbed)}
+    assert args == saved | changed
+    for flag in OTHER.split(","):
+        said = refusal(capsys, f"--resume {undisturbed} {flag}")
+        assert said.startswith("error: ") and flag.split()[0] in said, flag
+    assert {*table(undisturbed)} == {"base", "round 1", "round 2", "sft"}
+
+
+def test_resume_of_what_is_no_run_names_what_is_there(undisturbed, tmp_path, capsys):
+    """A person who names the folder above, or one inside it, would have to guess what is wrong."""
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old/args.json").write_text('{"model": "x"}\n')
+    assert str(undisturbed) in refusal(capsys, f"--resume {undisturbed.parent}")
+    assert f"{tmp_path}/old" in refusal(capsys, f"--resume {tmp_path}")
+    for folder in (tmp_path / "nothing", tmp_path / "old", undisturbed / "round_1"):
+        assert f"--resume {folder}" in refusal(capsys, f"--resume {folder}")
+    assert not (tmp_path / "nothing").exists()
+
+
+def test_two_runs_never_share_a_folder(inputs, undisturbed, tmp_path, monkeypatch, capsys):
+    """The second run of the same second would write into the files of the first one."""
     monkeypatch.chdir(tmp_path)
-    Path("runs/gsil-spin-1").mkdir(parents=True)  # without --out, the next free one
-    outs = [gsil.parse_args(["--loss", loss]).out for loss in ("spin", "lsif")]
-    assert outs == ["runs/gsil-spin-2", "runs/gsil-lsif-1"]
+    Path("runs/gsil-spin-1").mkdir(parents=True)
+    flags = (inputs + "--rounds 0 --loss spin --seed ").split()
+    both = [gsil.parse_args([*flags, seed]) for seed in "78"]  # both before either begins
+    for args in both:
+        gsil.main(args)
+    seeds = [json.loads(file.read_text())["seed"] for file in sorted(Path("runs").glob("*/args.json"))]
+    assert seeds == [7, 8] and not any(Path("runs/gsil-spin-1").iterdir())
+    with pytest.raises(SystemExit) as stop:
+        for args in [gsil.parse_args([*flags, seed, "--out", "mine"]) for seed in "78"]:
+            gsil.main(args)
+    assert stop.value.code == 2 and "--out mine" in capsys.readouterr().err
+    before = (undisturbed / "args.json").read_text()
+    for out in (undisturbed, f"{undisturbed}/args.json", f"{undisturbed}/args.json/out"):
+        code, said = as_script(f"{inputs} --out {out}", monkeypatch, capsys)
+        assert (
+            code == 2
+            and said.startswith("error: ")
+            and f"{undisturbed}" in said
+            and "to continue" not in said
+        )
+    assert (undisturbed / "args.json").read_text() == before
+
+
+def interrupt(*_, **__):
+    raise KeyboardInterrupt
+
+
+def test_ctrl_c_says_how_to_go_on_if_there_is_something_to_go_on_with(inputs, tmp_path, monkeypatch, capsys):
+    """Advice to resume a folder that does not exist would send a person astray; none would cost the run."""
+    flags = f"{inputs} --out {tmp_path}/out"
+    with monkeypatch.context() as patches:
+        patches.setattr(AutoConfig, "from_pretrained", interrupt)
+        code, said = as_script(flags, monkeypatch, capsys)
+    assert code == 2 and said.startswith("error: ") and "--resume" not in said and not any(tmp_path.iterdir())
+    hook = register_optimizer_step_pre_hook(interrupt)
+    code, said = as_script(flags, monkeypatch, capsys)
+    hook.remove()
+    assert code == 2 and said.startswith("error: ") and f"--resume {tmp_path}/out" in said
+    run(f"--resume {tmp_path}/out")

@@ -1,83 +1,82 @@
 """irft.py: the reward, the policy steps, whole runs, LoRA. What it shares with gsil.py is tested there."""
 
-import copy
+import argparse
 import inspect
+import json
+import math
+import re
 import shutil
 from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import tiny_model
-from helpers import EOS, PAIRS, A, Q, made_pairs, metrics, read_jsonl, relative, run, weights, write_jsonl
+from conftest import byte_tokenizer, tiny_model
+from helpers import EOS, PAIRS, logged, made_pairs, metrics, read_jsonl, refusal, run, table, weights
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import gsil
 import irft
 
+FAST = "--reward-steps 2 --policy-steps 2 --policy-batch 2 --group-size 2 --batch 4"
+
 
 def sources(module):
     """name -> source of a script's functions and classes, or the value of a constant."""
     own = {name: x for name, x in vars(module).items() if getattr(x, "__module__", "") == module.__name__}
-    constants = {name: value for name, value in vars(module).items() if name.isupper()}
+    own.pop("Data")
+    constants = {name: x for name, x in vars(module).items() if name.isupper() and name != "TAKEN"}
     return {name: inspect.getsource(x) for name, x in own.items()} | constants
 
 
 def test_what_both_scripts_need_is_the_same():
-    """`diff gsil.py irft.py` must show the methods' difference: a fix in one file only would hide in it, and
-    what they share is tested in gsil.py alone."""
+    """A fix would be made in one script only, and `diff gsil.py irft.py` would not show the methods' difference."""
     ours, theirs = sources(irft), sources(gsil)
     different = {name for name in ours.keys() & theirs if ours[name] != theirs[name]}
-    assert different == {"parse_args", "main", "LOSSES", "TITLES"}
-    assert theirs.keys() - ours == {"tangent_exp", "gsil_loss"}
+    allowed = {"parse_args", "train_sft", "main", "load_model", "LOSSES", "PRINTED"}
+    assert different == allowed, "a fork that changes one script may delete this test"
 
 
-def args_for(flags=""):
-    return irft.parse_args(["--data", "x.jsonl", "--out", "unused", *flags.split()])
-
-
-def irft_run(flags):
-    return irft.main(irft.parse_args(flags.split()))
+def args_for(out, flags=""):
+    args = irft.parse_args(["--data", "x.jsonl", "--out", "unused", *flags.split()])
+    return argparse.Namespace(**vars(args) | {"out": str(out)})
 
 
 @pytest.fixture(scope="session")
 def folder(inputs):
     """A tiny model on disk, whose tokenizer pads with EOS."""
-    return irft.parse_args(inputs.split()).model
+    return Path(irft.parse_args(inputs.split()).model)
+
+
+def load_reward(path):
+    """A reward model, and its tokenizer."""
+    data = SimpleNamespace(tokenizer=byte_tokenizer(), eos_ids={EOS, 2})
+    return irft.load_reward(path, data, args_for("unused"))
 
 
 @pytest.fixture(scope="session")
-def reward_model(folder):
-    """A reward with a head that is not zero, so that its rewards differ; and its tokenizer."""
-    model, tokenizer = irft.load_reward(folder, {EOS, 2}, args_for())
+def reward_folder(folder, tmp_path_factory):
+    """A reward model on disk whose head is not zero, so that its rewards differ."""
+    model, tokenizer = load_reward(folder)
     torch.manual_seed(1)
     torch.nn.init.normal_(model.score.weight)
-    return model, tokenizer
-
-
-def spy(monkeypatch, name, stop=None):
-    """The arguments of every call of a function of irft.py from now on; call number `stop` ends the run."""
-    calls, whole = [], getattr(irft, name)
-
-    def call(*args):
-        calls.append(args)
-        if len(calls) == stop:
-            raise KeyboardInterrupt
-        return whole(*args)
-
-    monkeypatch.setattr(irft, name, call)
-    return calls
+    path = tmp_path_factory.mktemp("reward")
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
 
 
 # ---- the reward --------------------------------------------------------------------------------------------
 
 
-def test_reward_is_that_of_an_ordinary_classifier(folder, reward_model, tmp_path):
-    """transformers reads the last token that is no pad: not ours if EOS were the pad, as it is the policy's.
-    Pads and neighbours must not matter. A new head is zero, or policy steps chase noise; others stay."""
-    model, tokenizer = reward_model
-    irft.save_model(model, tokenizer, tmp_path / "reward")
-    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "reward").eval()
-    pads = AutoTokenizer.from_pretrained(tmp_path / "reward")
+def test_reward_is_that_of_an_ordinary_classifier(folder, reward_folder):
+    """transformers would read a saved reward at another token, if EOS were its pad, or find another reward beside
+    other texts; and a new head that is not zero would send the policy after noise."""
+    model = load_reward(reward_folder)[0]
+    loaded = AutoModelForSequenceClassification.from_pretrained(reward_folder).eval()
+    pads = AutoTokenizer.from_pretrained(reward_folder)
     assert pads.pad_token_id == loaded.config.pad_token_id and pads.pad_token_id not in (EOS, 2)
     texts = {"input_ids": [prompt + response for prompt, response in PAIRS]}
     with torch.no_grad():
@@ -86,245 +85,247 @@ def test_reward_is_that_of_an_ordinary_classifier(folder, reward_model, tmp_path
     alone = irft.score(model, PAIRS, 1, irft.reward)
     for ours in (together, alone):
         assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-4)  # fp32 sums in another order, of 1 to 10
-    again, new = (irft.load_reward(path, {EOS}, args_for())[0] for path in (tmp_path / "reward", folder))
-    assert torch.equal(again.score.weight, model.score.weight)
-    assert irft.reward(new, PAIRS).tolist() == [0, 0, 0]
+    assert irft.reward(load_reward(folder)[0], PAIRS).tolist() == [0, 0, 0]
 
 
-def fit(model, flags, pairs, preferences=()):
-    """The metrics of reward steps on a copy of the model."""
-    return list(irft.fit_reward(copy.deepcopy(model), pairs, list(preferences), args_for(flags), "0"))
+def fit(path, flags, pairs, out, preferences=()):
+    """The metrics of reward steps from the reward model at path."""
+    irft.fit_reward(load_reward(path)[0], pairs, list(preferences), "round 1", args_for(out, flags))
+    return logged(out, "round 1 reward")
 
 
-def test_the_reward_learns_and_its_penalty_holds_it(folder):
-    """A sign error would turn the reward around. The linear loss falls for ever, but for its penalty."""
-    model, _ = irft.load_reward(folder, {EOS}, args_for())
+def test_the_reward_learns_and_its_penalty_holds_it(folder, tmp_path):
+    """A sign error would turn the reward around, and the linear loss would fall forever without its penalty."""
     margins = []
     for flags in ("", "--reward-loss linear", "--reward-loss linear --reward-penalty 1"):
-        first, *_, last = fit(model, f"--reward-steps 24 --reward-lr 1e-2 {flags}", made_pairs(tiny_model()))
+        flags = f"--reward-steps 24 --reward-lr 1e-2 {flags}"
+        first, *_, last = fit(folder, flags, made_pairs(tiny_model()), tmp_path)
         assert first["told_apart"] == 0.5 and first["margin"] == 0  # ties count half
-        assert last["told_apart"] == 1 and last["step"] == 24
+        assert last["told_apart"] == 1
         margins.append(last["margin"])
     assert min(margins[:2]) > 1 and margins[2] < min(2, margins[1] / 3)  # penalty 1: at best r = +-1/2
 
 
-def test_preferences_join_with_their_weight(reward_model, monkeypatch):
-    """The gradient is that of the pairs plus weight times that of the preferences, in parts of any size."""
-
-    gradients = []
-
-    def clip(optimizer, limit):
-        fitted = optimizer.param_groups[0]["params"]
-        gradients.append(torch.cat([weight.grad.flatten() for weight in fitted]))
-        return 1.0
-
-    monkeypatch.setattr(irft, "clip_gradients", clip)
-    pairs, preferences = made_pairs(tiny_model(), 8), made_pairs(tiny_model(), 5, seed=1)
-    for alone in (pairs, preferences):
-        fit(reward_model[0], "--reward-steps 1", alone)
-    for flags in ("", "--micro-batch 40"):
-        flags = f"--reward-steps 1 --preference-weight 0.3 {flags}"
-        fit(reward_model[0], flags, pairs, preferences)
-        assert relative(gradients[-1], gradients[0] + 0.3 * gradients[1]) < 1e-4  # sums in fp32
+def test_preferences_join_with_their_weight(reward_folder, tmp_path):
+    """Preferences would count more or less than asked for, or by how many of them fit in a micro-batch."""
+    own, others = made_pairs(tiny_model(), 8), made_pairs(tiny_model(), 5, seed=1)
+    flags = "--reward-steps 1 --preference-weight 0.3"
+    losses = [fit(reward_folder, flags, pairs, tmp_path)[0]["loss"] for pairs in (own, others)]
+    for micro_batch in (512, 40):
+        joint = fit(reward_folder, f"{flags} --micro-batch {micro_batch}", own, tmp_path, others)[0]["loss"]
+        assert joint == pytest.approx(losses[0] + 0.3 * losses[1], rel=1e-5)  # sums in fp32
 
 
-HH = {"chosen": f"\n\nHuman: {Q}\n\nAssistant: {A}", "rejected": f"\n\nHuman: {Q}\n\nAssistant: no"}
-PREFERENCES = [HH, {"prompt": Q, "chosen": A, "rejected": "no"}]
-UNUSABLE = {  # what is said of it -> a row
-    "answer different prompts": HH | {"rejected": HH["rejected"].replace(Q, "Why?")},
-    "the columns chosen and rejected": {"prompt": Q, "chosen": A},
-    "longer than the model's window of 200": {"prompt": Q, "chosen": A, "rejected": "no" * 200},
-}
+HH = {"chosen": "\n\nHuman: How many?\n\nAssistant: 3", "rejected": "\n\nHuman: How many?\n\nAssistant: no"}
 
 
 def test_preferences_are_pairs(tokenizer):
-    """The sides must not be swapped. What cannot be compared raises, for read_demos to count or refuse it."""
-    make = partial(irft.make_preference, tokenizer=tokenizer, eos_ids={EOS}, room=200)
-    for pair in map(make, PREFERENCES):
+    """The two sides would be swapped, or rows be used that cannot be compared."""
+    encode = partial(irft.encode_preference, tokenizer=tokenizer, eos_ids={EOS}, window=200)
+    for pair in map(encode, [HH, {"prompt": "How many?", "chosen": "3", "rejected": "no"}]):
         texts = [tokenizer.decode(pair[f"{part}_ids"]) for part in ("prompt", "real", "generated")]
-        assert texts == [f"<|user|>\n{Q}</s>\n<|assistant|>\n", A + "</s>", "no</s>"]
-    for says, row in UNUSABLE.items():
+        assert texts == ["<|user|>\nHow many?</s>\n<|assistant|>\n", "3</s>", "no</s>"]
+    unusable = {"different prompts": HH["rejected"].replace("many", "old"), "columns chosen and": None}
+    unusable["longer than the model's window of 200"] = HH["rejected"] + "no" * 200
+    for says, rejected in unusable.items():
         with pytest.raises(ValueError, match=says):
-            make(row)
+            encode(HH | {"rejected": rejected})
 
 
 # ---- the policy --------------------------------------------------------------------------------------------
 
 
-def improve(reward_model, flags, max_new_tokens=6):
-    """Policy steps of the tiny model, each on 4 of 6 prompts; the policy."""
-    policy, args = tiny_model(), args_for(f"--policy-batch 4 {flags}")
+class SmallTokens(torch.nn.Module):
+    """Rewards a response of one token with 1 if the token is below 100; and each prompt with another constant."""
+
+    device = "cpu"
+
+    def forward(self, ids, last):
+        return ((ids[torch.arange(len(ids)), last] < 100) + 20.0 * ids[:, 0])[:, None]  # (B, 1)
+
+
+def improve(policy, flags, out, max_new_tokens=6):
+    """Policy steps, each on 4 of 6 prompts; the metrics of the last step."""
+    args = args_for(out, f"--policy-batch 4 {flags}")
     demos = [{"prompt_ids": prompt} for prompt, _ in PAIRS * 2]
-    respond = partial(irft.sample, eos_ids={EOS}, max_new_tokens=max_new_tokens, batch_size=256)
-    list(irft.improve_policy(policy, tiny_model(), reward_model, demos, respond, args, "0"))
-    return policy
+    data = SimpleNamespace(demos=demos, eos_ids={EOS}, max_new_tokens=max_new_tokens)
+    irft.improve_policy(policy, tiny_model(), SmallTokens(), "round 1", data, args)
+    return logged(out, "round 1 policy")[-1]
 
 
-def test_a_policy_step(reward_model, monkeypatch):
-    """The ratio is 1 at the first of 3 inner steps, or every later one is off; the reward is not
-    trained along; and a response is compared with others to its own prompt, of which there are 3 in a row."""
-    reward, before = reward_model[0], copy.deepcopy(reward_model[0].state_dict())
-    losses, steps = spy(monkeypatch, "clipped_loss"), spy(monkeypatch, "update")
-    improve(reward, "--policy-steps 2 --ppo-epochs 3 --group-size 3")
-    off = [(new - old).abs().max().item() for new, old, _ in losses]
-    assert [difference < 1e-4 for difference in off] == [True, False, False] * 2  # fp32, of -20
-    assert all(torch.equal(before[name], value) for name, value in reward.state_dict().items())
-    for i in range(0, 12, 3):
-        first, *others = steps[0][2][i : i + 3]
-        assert all(first["prompt_ids"] == other["prompt_ids"] for other in others)
-        gain = first["objective"] - sum(other["objective"] for other in others) / 2
-        assert first["advantage"] == pytest.approx(gain, abs=1e-4)  # fp32, of about 10
+def share_of_small_tokens(model):
+    """The mean share of tokens below 100 in responses of one token."""
+    with torch.no_grad():
+        logits = torch.stack([model(torch.tensor([prompt])).logits[0, -1] for prompt, _ in PAIRS])
+    return logits.softmax(-1)[:, :100].sum(1).mean().item()
 
 
-def test_policy_steps_reach_the_closed_form(monkeypatch):
-    """The optimum is pi_ref exp(r/kl) / Z. With reward 1 for words below 100 and else 0, the logit of their
-    share must rise by 1/kl: neither sign, nor KL, nor its weight may be wrong."""
+def test_policy_steps_reach_the_closed_form(tmp_path):
+    """A wrong sign, KL or weight of it, or samples compared with those of another prompt, would lead elsewhere."""
+    policy, start = tiny_model(), share_of_small_tokens(tiny_model())
+    flags = "--kl 0.5 --policy-steps 24 --group-size 60 --policy-lr 1e-2 --micro-batch 4096"
+    improve(policy, flags, tmp_path, max_new_tokens=1)
+    expected = 1 / (1 + (1 - start) / start * math.exp(-1 / 0.5))  # .8; kl 1 would lead to .6, and no kl to 1
+    assert share_of_small_tokens(policy) == pytest.approx(expected, abs=0.08)  # chance in the samples
 
-    def share(model):
-        """Of words below 100 in responses of one token."""
-        with torch.no_grad():
-            logits = torch.stack([model(torch.tensor([prompt])).logits[0, -1] for prompt, _ in PAIRS])
-        return logits.softmax(-1)[:, :100].sum(1)
 
-    monkeypatch.setattr(irft, "reward", lambda _, texts: torch.tensor([float(y[0] < 100) for _, y in texts]))
-    flags = "--kl 0.5 --policy-steps 24 --group-size 60 --policy-lr 1e-2"
-    found, q = share(improve(None, flags, max_new_tokens=1)), share(tiny_model())
-    expected = (q.logit() + 1 / 0.5).sigmoid()  # about 0.8; kl 1 would lead to 0.6, no kl to 1
-    assert found.mean().item() == pytest.approx(expected.mean().item(), abs=0.08)  # chance in the samples
+@pytest.mark.parametrize("epochs, moves", [(1, True), (2, False)])
+def test_only_later_passes_clip(epochs, moves, tmp_path):
+    """Rounding, in bf16 several percent, would clip the first pass, or later passes would forget the samples' age."""
+    policy = tiny_model()
+
+    def disturb(_, __, logits):  # training finds all tokens but 299 unlikely: a ratio of nearly 0
+        return logits + 20 * (torch.arange(300) == 299) if torch.is_grad_enabled() else logits
+
+    policy.lm_head.register_forward_hook(disturb)
+    norm = improve(policy, f"--policy-steps 1 --ppo-epochs {epochs}", tmp_path)["grad_norm"]
+    assert norm > 0.1 if moves else norm < 1e-3
 
 
 # ---- whole runs --------------------------------------------------------------------------------------------
 
-FAST = "--reward-steps 2 --policy-steps 2 --policy-batch 2 --group-size 2 --batch 4"
-
-
-@pytest.mark.parametrize("kl, correlation, warned", [(6, 0.3, "runs away"), (4, -0.97, "length alone")])
-def test_each_sickness_has_its_warning(kl, correlation, warned, inputs, tmp_path, monkeypatch, capsys):
-    """A warning that fires on healthy runs is soon ignored; one that never fires protects nobody."""
-    before = {"kl": 0.0, "objective": 0.0, "length": 10.0, "reward_length": correlation}
-    found = [before | {"kl": kl, "objective": 0.5}, before]
-    monkeypatch.setattr(irft, "compare", lambda *_: found.pop())
-    irft_run(f"{inputs} --out {tmp_path}/out --baseline none {FAST}")
-    said = capsys.readouterr().out
-    assert [word for word in ("runs away", "length alone") if word in said] == [warned]
-
 
 def test_one_chunk_is_a_round_of_gsil_with_spin(inputs, tmp_path):
-    """IRFT with T = 1 is SPIN: the same samples, the same steps, the same weights to the last digit."""
+    """IRFT with T = 1 would not be SPIN: the same samples, the same steps, the same weights to the last digit."""
     flags = f"{inputs} --baseline none --batch 4 --out {tmp_path}"
-    irft_run(f"{flags}/irft --method irft")
+    run(f"{flags}/irft --method irft", irft)
     run(f"{flags}/gsil --loss spin")
-    ours, theirs = (tmp_path / script / "round_1" for script in ("irft", "gsil"))
-    assert (ours / "generated.jsonl").read_bytes() == (theirs / "generated.jsonl").read_bytes()
-    assert weights(ours) == weights(theirs)
+    ours, theirs = tmp_path / "irft", tmp_path / "gsil"
+    assert (ours / "round_1.jsonl").read_bytes() == (theirs / "round_1.jsonl").read_bytes()
+    assert weights(ours / "round_1") == weights(theirs / "round_1")
 
 
 @pytest.mark.parametrize(
-    "flags, names",
+    "flags, rounds",
     [
-        (f"--reward-loss linear --ppo-epochs 2 --lora-rank 2 {FAST}", ["rft 1"]),
-        ("--method irft --chunks 4 --loss linear --lora-rank 4", ["irft 1", "irft 2", "irft 3", "irft 4"]),
+        (f"--preferences {irft.TOY}/preferences.jsonl --reward-loss linear --ppo-epochs 2 {FAST}", 1),
+        ("--method irft --chunks 4 --loss linear", 4),
     ],
 )
-def test_end_to_end(flags, names, inputs, tmp_path):
-    """Every mode must reach its table. Chunks are together one pass over the data. What is reported of an RFT
-    round is of its policy before and after: at first it is the reference."""
-    data = irft.parse_args(inputs.split()).data
-    rows = irft_run(f"{inputs} --dev {data} --heldout {data} --out {tmp_path}/out {flags}")["rows"]
-    assert [(row["name"], row["n"]) for row in rows] == [(name, 6) for name in ("base", *names, "sft")]
-    chunks = [read_jsonl(path) for path in (tmp_path / "out").glob("round_*/generated.jsonl")]
+def test_end_to_end(flags, rounds, inputs, folder, tmp_path):
+    """A mode would not reach its table, chunks would not be one pass over the data, and SFT would train all
+    weights beside a method that trains LoRA."""
+    data, out = irft.parse_args(inputs.split()).data, tmp_path / "out"
+    run(f"{inputs} --dev {data} --heldout {data} --out {out} --lora-rank 2 {flags}", irft)
+    assert list(table(out)) == ["base", *(f"round {t + 1}" for t in range(rounds)), "sft"]
+    chunks = [read_jsonl(path) for path in out.glob("round_*.jsonl")]
     assert len({pair["prompt"] for chunk in chunks for pair in chunk}) == sum(map(len, chunks)) == 6
-    assert len(chunks) == len(names) and max(map(len, chunks)) - min(map(len, chunks)) <= 1
-    reports = [record for record in metrics(tmp_path / "out") if "when" in record]
-    assert len(reports) == 2 * (names == ["rft 1"])
-    assert "NaN" not in (tmp_path / "out/metrics.jsonl").read_text()
-    for report in reports:
-        assert report["objective"] == pytest.approx(report["reward"] - 0.1 * report["kl"], abs=1e-4)
-        assert (abs(report["kl"]) < 1e-4) == (report["when"] == "before")
+    assert len(chunks) == rounds and max(map(len, chunks)) - min(map(len, chunks)) <= 1
+    assert "NaN" not in (out / "metrics.jsonl").read_text()
+    for stage in ("round_1", "sft"):
+        start, trained = (load_file(path / "model.safetensors") for path in (folder, out / stage))
+        changed = [name for name in start if not torch.equal(start[name], trained[name])]
+        assert len(changed) == 2 * 7 and all("_proj" in name for name in changed)  # LoRA's layers
 
 
-@pytest.mark.parametrize("which, stop", [("last", 6), ("all", 8)])
-def test_a_second_round_also_of_a_resumed_run(which, stop, inputs, folder, tmp_path, monkeypatch):
-    """A reward fitted afresh would forget, a moving reference let the policy walk away. Stopped in step 6, of
-    round 2's reward, or 8, of its policy, a run ends with the same weights. Killed: see test_folder.py."""
-    preferences = write_jsonl(tmp_path / "p.jsonl", PREFERENCES)
-    flags = f"{inputs} --rounds 2 --reward-pairs {which} --preferences {preferences} --baseline none {FAST}"
-    loads, fits, steps = [spy(monkeypatch, name) for name in ("load_reward", "fit_reward", "improve_policy")]
-    irft_run(f"{flags} --out {tmp_path}/whole")
-    assert [str(path) for path, *_ in loads] == [folder, folder, f"{tmp_path}/whole/round_1/reward"]
-    (_, first, *_), (_, second, *_) = fits
-    assert len(first) == 6 and second[6:] == (first if which == "all" else []) and first != second[:6]
-    assert [len(others) for _, _, others, *_ in fits] == [2, 2]
-    for _, reference, *_ in steps:
-        assert all(map(torch.equal, reference.parameters(), tiny_model().parameters()))
-    spy(monkeypatch, "update", stop)
-    with pytest.raises(KeyboardInterrupt):
-        irft_run(f"{flags} --out {tmp_path}/stopped")
-    monkeypatch.undo()
-    assert (tmp_path / "stopped/round_1").exists() and not (tmp_path / "stopped/round_2").exists()
-    irft_run(f"--resume {tmp_path}/stopped")
-    for saved in ("round_1", "round_1/reward", "round_2", "round_2/reward"):
-        assert weights(tmp_path / "whole" / saved) == weights(tmp_path / "stopped" / saved)
-    assert metrics(tmp_path / "whole") == metrics(tmp_path / "stopped")
+@pytest.fixture(scope="session")
+def two_rounds(inputs, reward_folder, tmp_path_factory):
+    """The folder of a run with two rounds of RFT."""
+    out = tmp_path_factory.mktemp("two_rounds") / "out"
+    flags = f"{inputs} {FAST} --rounds 2 --reward-model {reward_folder} --baseline none --kl 0.5"
+    flags += " --habit ^[A-Z]|[0-2] --max-new-tokens 9 --lora-rank 2 --policy-lr 1e-2 --reward-penalty 0.5"
+    run(f"{flags} --out {out}", irft)
+    return out
+
+
+def test_a_second_round_builds_on_the_first(two_rounds):
+    """A reward that starts anew would forget, and a reference that moves along would let the policy walk away."""
+    first, second = (logged(two_rounds, f"round {t} reward")[0]["loss"] for t in (1, 2))
+    assert second == pytest.approx(math.log(2), abs=1e-5) and abs(first - math.log(2)) > 0.1  # no change yet
+    start, end = (load_file(two_rounds / f"round_{t}_reward/model.safetensors") for t in (1, 2))
+    moved = max((end[name] - start[name]).abs().max().item() for name in start)
+    assert 0 < moved < 1.6e-3  # two steps of AdamW with the learning rates 1e-3 and 5e-4
+    for when in ("round 1 before", "round 1 after", "round 2 before", "round 2 after"):
+        (report,) = logged(two_rounds, when)
+        assert report["objective"] == pytest.approx(report["reward"] - 0.5 * report["kl"], abs=1e-4)
+        assert (abs(report["kl"]) < 1e-4) == (when == "round 1 before")  # there the policy is the reference
+
+
+# A stopped run has some of these; a stage's folder and a round's pairs are there whole or not at all.
+@pytest.mark.parametrize("finished", [[], ["round_2.jsonl"], ["round_2.jsonl", "round_2_reward"]])
+def test_a_second_round_of_a_resumed_run(finished, two_rounds, tmp_path, capsys):
+    """A stopped run would end with other weights, or not say what to expect of a later round."""
+    out = tmp_path / "out"
+    shutil.copytree(two_rounds, out)
+    for path in out.glob("round_2*"):
+        if path.name not in finished:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    rows = json.loads((out / "summary.json").read_text())
+    del rows["round 2"]
+    (out / "summary.json").write_text(json.dumps(rows))
+    run(f"--resume {out}", irft)
+    for saved in ("round_2", "round_2_reward"):
+        assert weights(two_rounds / saved) == weights(out / saved)
+    assert metrics(two_rounds) == metrics(out) and table(two_rounds) == table(out)
+    printed, tokenizer, log_odds = capsys.readouterr().out, AutoTokenizer.from_pretrained(out / "round_1"), []
+    assert "warning: rounds do not settle at --kl 0.5" in printed
+    for side in ("generated_ids", "real_ids"):
+        texts = tokenizer.batch_decode([pair[side] for pair in read_jsonl(out / "round_2.jsonl")])
+        share = sum(re.search("^[A-Z]|[0-2]", text) is not None for text in texts) / len(texts)
+        log_odds.append(math.log(share / (1 - share)))
+        assert f" {share:.1%}" in printed
+    prediction = 1 / (1 + math.exp(-log_odds[0] - (log_odds[1] - log_odds[0]) / 0.5))
+    assert f" {prediction:.1%} if" in printed
+
+
+def test_a_sick_round_is_warned_of(inputs, small, tmp_path, capsys):
+    """A warning that fires on every run would soon be ignored, and one that never fires would protect nobody."""
+    short = "--baseline none --reward-steps 1 --policy-steps 1 --policy-batch 2"
+    run(f"{inputs} {short} --reward-lr 1e-60 --policy-lr 1e-60 --kl 0 --out {tmp_path}/idle", irft)
+    assert not re.search("length alone|runs away|1 - 1/", capsys.readouterr().out)
+    data = [f"{small}/{name}.jsonl" for name in ("demos", "dev", "heldout")]
+    dev = tmp_path / "dev.jsonl"  # two samples: their rewards and lengths always correlate
+    dev.write_text("".join((small / "dev.jsonl").read_text().splitlines(keepends=True)[:2]))
+    flags = f"--data {data[0]} --dev {dev} --heldout {data[2]} {short} --max-new-tokens 20 --policy-lr 0.3"
+    run(f"{flags} --out {tmp_path}/sick", irft)
+    printed = capsys.readouterr().out
+    assert "the reward follows length alone" in printed and "the policy runs away" in printed
 
 
 @pytest.mark.parametrize(
     "flags, says",
     [
         ("--group-size 1", "at least 2"),
-        ("--reward-loss linear --reward-penalty 0", "falls for ever"),
-        ("--scale 0.5", "--scale belongs to --method irft"),
-        ("--method irft --kl 0.5", "--kl belongs to --method rft"),
-        ("--kl -1", "--kl -1.0: must be above 0, or 0"),
-        ("--method irft --chunks 7", "only 6 demonstrations"),
-        ("--lora-rank 2", "no linear layers"),
+        ("--reward-loss linear --reward-penalty 0", "falls forever"),
+        ("--method irft --kl 0.5", "--kl has no use in --method irft"),
+        ("--method irft --chunks 7", "only 5 demonstrations"),
         ("--reward-model TOKENIZER", "its tokenizer differs"),
-        ("--reward-model WEIGHTS", "weights are missing: model.layers.2."),
+        ("--resume RUN --kl 0.3", "--kl 0.3: the run to resume has 0.5"),
     ],
 )
-def test_a_mistake_costs_no_samples(flags, says, inputs, folder, tmp_path, monkeypatch, capsys):
-    """One sentence and exit code 2, before a round is sampled that would be lost. And --out stays free."""
-    for fault in ("TOKENIZER", "WEIGHTS"):
-        shutil.copytree(folder, tmp_path / fault)
+def test_a_mistake_costs_no_samples(flags, says, inputs, folder, two_rounds, tmp_path, monkeypatch, capsys):
+    """A round would be sampled and lost, or a folder be left in the way of the next try."""
+    shutil.copytree(folder, tmp_path / "TOKENIZER")
     file = tmp_path / "TOKENIZER" / "tokenizer.json"  # in which y and z change places
     file.write_text(file.read_text().replace('"y"', '"new"').replace('"z"', '"y"').replace('"new"', '"z"'))
-    file = tmp_path / "WEIGHTS" / "config.json"  # which promises a third layer
-    file.write_text(file.read_text().replace('"num_hidden_layers": 2', '"num_hidden_layers": 3'))
-    monkeypatch.setattr(irft, "linear_layers", lambda model: [])
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit, match="2"):
-        irft_run(f"{inputs} --out out {flags}")
-    assert says in capsys.readouterr().err and not (tmp_path / "out").exists()
+    flags = flags.replace("RUN", str(two_rounds))
+    assert says in refusal(capsys, flags if "--resume" in flags else f"{inputs} --out out {flags}", irft)
+    assert not (tmp_path / "out").exists()
 
 
 # ---- LoRA --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind, layers", [("llama", 7), ("phi3", 4), ("gpt2", 4)])  # plain, fused, Conv1D
-def test_lora_starts_as_the_model_itself_and_merges_into_it(kind, layers):
-    """An adapter that is not zero at first would make policy and reference disagree; half a fused layer must
-    not stay untrained. Merged, it must do what it did. A resumed run draws A anew: from the seed."""
+def test_lora_starts_as_the_model_itself_and_merges_into_it(kind, layers, tmp_path):
+    """Policy and reference would differ at first, a layer stay untrained, or the saved model do something else."""
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     sizes |= {"vocab_size": 300, "initializer_range": 0.2, "pad_token_id": None}
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes)).eval()
-    pairs = [([5, 6], [7, 8, 1])]
-    before, names, drawn = irft.response_logps(model, pairs), set(model.state_dict()), []
-    for seed in ("another", "a seed", "a seed"):
-        irft.merge_lora(model)
-        irft.add_lora(model, 3, seed)
-        trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
-        drawn.append(next(iter(trained.values())).clone())
-    assert torch.equal(drawn[1], drawn[2]) and not torch.equal(drawn[0], drawn[1])
-    assert torch.equal(irft.response_logps(model, pairs), before)
-    assert len(trained) == 2 * layers * 2 and all(name.endswith((".a", ".b")) for name in trained)
+    before = irft.response_logps(model, PAIRS)
+    irft.add_lora(model, 3, "a seed")
+    trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    assert torch.equal(irft.response_logps(model, PAIRS), before)
+    assert len(trained) == 2 * layers * 2 and all("lora" in name for name in trained)
     optimizer = torch.optim.AdamW(trained.values(), lr=0.1)
     for _ in range(2):
-        irft.response_logps(model, pairs).sum().backward()
+        irft.response_logps(model, PAIRS).sum().backward()
         optimizer.step()
-    adapted = irft.response_logps(model, pairs)
-    assert (adapted - before).abs() > 0.1
-    irft.merge_lora(model)
-    merged = irft.response_logps(model, pairs)  # W x + A B x and (W + A B) x round differently
-    assert torch.allclose(merged, adapted, rtol=1e-4, atol=1e-3)
-    assert set(model.state_dict()) == names and all(weight.requires_grad for weight in model.parameters())
+    adapted = irft.response_logps(model, PAIRS)
+    assert ((adapted - before).abs() > 0.1).all()
+    model.save_pretrained(tmp_path)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path).eval()  # in fp32 (W + B A) x rounds differently
+    assert torch.allclose(irft.response_logps(merged, PAIRS), adapted, rtol=1e-4, atol=1e-3)
+    assert set(merged.state_dict()) == {name for name in model.state_dict() if "lora" not in name}

@@ -11,10 +11,9 @@ import gsil
 
 
 def test_logps_equal_a_naive_loop_for_any_batch(model):
-    """Off-by-one targets, a lost EOS, or pads that leak into a row would all change these sums, and so would
-    a list of ids that is extended in place; a sum in bf16 would be off by whole nats. Rounding: 1e-6 of a few
-    log-softmaxes of about 5 nats, and room."""
+    """A shifted target, a lost EOS, pads or prompts in the sum, or a sum in bf16 would spoil every log-ratio."""
     before = copy.deepcopy(PAIRS)
+    # float32 rounds sums of up to 40 nats to about 1e-5
     expected = pytest.approx([naive_logp(model, prompt, response) for prompt, response in PAIRS], abs=1e-4)
     assert gsil.response_logps(model, PAIRS).tolist() == expected
     assert gsil.response_logps(model, PAIRS[::-1]).tolist()[::-1] == expected
@@ -26,7 +25,7 @@ def test_logps_equal_a_naive_loop_for_any_batch(model):
 
 
 def test_batches_and_pad_do_what_their_docstrings_show():
-    """Readers rely on the examples; a batch that grew beyond its limits would run out of memory."""
+    """A reader would be misled by the examples, and a batch beyond its limits would run out of memory."""
     assert gsil.batches([3, 9, 2], 2) == [[2, 0], [1]]
     found = gsil.batches([4, 9, 1, 4, 30, 2, 7], max_tokens=12)
     assert found == [[2, 5, 0], [3], [6], [1], [4]]  # 3 texts of at most 4, ..., one that is too long alone
@@ -34,17 +33,15 @@ def test_batches_and_pad_do_what_their_docstrings_show():
     assert gsil.pad([[5, 6], [7]], "left", "cpu").tolist() == [[5, 6], [0, 7]]
 
 
-def test_checkpointed_activations_change_no_gradient():
-    """They are computed a second time, by the same layers, or the gradient is another model's. transformers'
-    own switch does nothing in evaluation mode: the count shows that ours does."""
-    gradients = []
-    calls = []
-    for flags in ([], ["--checkpoint-activations"]):
-        model = tiny_model()
-        gsil.prepare(model, gsil.parse_args(flags))
+def test_checkpointed_activations_change_no_gradient(inputs):
+    """The flag would save no memory, as transformers' own switch in evaluation mode, or train another model."""
+    gradients, calls = [], []
+    for flags, passes in (("", 1), ("--checkpoint-activations", 2)):  # the second time for the gradient
+        args = gsil.parse_args((inputs + flags).split())
+        model = gsil.load_model(args.model, args)
         calls.clear()
         model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
         gsil.response_logps(model, PAIRS).sum().backward()
-        assert len(calls) == (2 if flags else 1)
+        assert len(calls) == passes
         gradients.append(gradient(model))
-    assert relative(*gradients) < 1e-5  # the same sums, perhaps by other threads
+    assert relative(*gradients) < 1e-5  # the same sums, perhaps in another order

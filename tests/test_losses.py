@@ -9,31 +9,52 @@ from helpers import made_pairs, naive_logp
 import gsil
 
 
-def test_gsil_loss_by_hand(monkeypatch):
-    """h = scale * d + shift: without the scale the policy would still learn, to another strength than --scale
-    names; with the sides exchanged, or without the reference, something else. Ties count half: at step 0 all
-    pairs tie, and 0 % or 100 % told apart, where nothing is known, would be a lie."""
-    logps = {6: -13.0, 8: -8.0}  # of the responses [6] and [8]
-    fake = lambda model, texts: torch.tensor([logps[response[0]] for _, response in texts])
-    monkeypatch.setattr(gsil, "response_logps", fake)
-    d_real = [3.0, 1.0, -2.0]
-    d_generated = [1.0, 1.0, 1.5]
+def test_gsil_loss_by_hand(model):
+    """Exchanged sides, a missing reference or scale, or a tie that is counted as told apart would all train."""
+    d_real, d_generated = [3.0, 1.0, -2.0], [1.0, 1.0, 1.5]
+    sides = {"real": ([6], d_real), "generated": ([8], d_generated)}
     pairs = [{"prompt_ids": [5], "real_ids": [6], "generated_ids": [8]} for _ in d_real]
-    for pair, real, generated in zip(pairs, d_real, d_generated):
-        pair |= {"real_reference": -13.0 - real, "generated_reference": -8.0 - generated}
-    losses, found = gsil.gsil_loss(None, pairs, "logistic", 0.3, torch.tensor(0.5))
-    metrics = {name: values.tolist() for name, values in found.items()}
-    expected = {"log_ratio_real": d_real, "log_ratio_generated": d_generated}
-    assert metrics == expected | {"told_apart": [1, 0.5, 0], "shift": [0.5] * 3}
+    for side, (response, log_ratios) in sides.items():
+        logp = gsil.score(model, [([5], response)] * 6, 4096)[0]  # (as in the loss, so that a tie is one)
+        assert logp == pytest.approx(naive_logp(model, [5], response), abs=1e-4)
+        for pair, log_ratio in zip(pairs, log_ratios):
+            pair[f"{side}_reference"] = logp - log_ratio
+    losses, found = gsil.gsil_loss(model, pairs, "logistic", 0.3, torch.tensor(0.5))
+    close = {"rel": 1e-5, "abs": 1e-5}  # float32 rounds log-probs of about 10 nats to 1e-6
+    assert found["d_real"].tolist() == pytest.approx(d_real, **close)
+    assert found["d_generated"].tolist() == pytest.approx(d_generated, **close)
+    assert found["shift"].tolist() == [0.5] * 3
+    assert found["told_apart"].tolist()[::2] == [1, 0]
     for loss, real, generated in zip(losses.tolist(), d_real, d_generated):
         h_real = 0.3 * real + 0.5
         h_generated = 0.3 * generated + 0.5
         by_hand = math.log(1 + math.exp(-h_real)) + math.log(1 + math.exp(h_generated))
-        assert loss == pytest.approx(by_hand, rel=1e-5)
+        assert loss == pytest.approx(by_hand, **close)
+
+
+@pytest.mark.parametrize("loss", gsil.LOSSES)
+def test_equal_responses_tie_and_only_spin_learns_nothing_from_them(loss, model):
+    """Told apart would count 0 or 1 where nothing differs; and with a shift the log may not promise that equal
+    texts teach nothing, as most losses push them down."""
+    [pair] = made_pairs(model, 1)
+    pair |= {"generated_ids": pair["real_ids"], "generated_reference": pair["real_reference"]}
+    slopes = {}
+    for shift in (0.0, 2.0):
+        model.zero_grad()
+        losses, found = gsil.gsil_loss(model, [pair], loss, 1.0, torch.tensor(shift))
+        losses.sum().backward()
+        assert (
+            found["told_apart"].tolist() == [0.5]
+            and found["d_real"].tolist() == found["d_generated"].tolist()
+        )
+        slopes[shift] = model.lm_head.weight.grad.abs().max().item()
+    model.zero_grad(set_to_none=True)
+    assert slopes[0.0] < 1e-4  # (at shift 0 the two sides' slopes cancel; float32 rounds what is left)
+    assert (slopes[2.0] < 1e-4) == (loss == "spin")
 
 
 def test_sft_loss_is_cross_entropy(model):
-    """Over the mean length it is, on average, the mean over tokens that SFT usually minimises."""
+    """Another divisor than the mean length would make it another mean than the one over tokens."""
     pairs = made_pairs(model, 4)
     tokens = sum(len(pair["real_ids"]) for pair in pairs)
     nats = -sum(naive_logp(model, pair["prompt_ids"], pair["real_ids"]) for pair in pairs)

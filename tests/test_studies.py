@@ -3,41 +3,46 @@
 import json
 import math
 
+import bench
 import pretrained
 import pytest
 import torch
-import toy
+from helpers import finite
+from transformers import LlamaForCausalLM
+
+import gsil
+
+TINY = f"--model {gsil.TOY}/base --heldout 40 --demos 40 --crowd 40 --lesson 40 --lesson-epochs 1 --epochs 1"
+TINY += " --policy-steps 1 --require 0 --max-new-tokens 20 --out "
 
 
 def test_theory():
-    """The line of the figures. By hand: odds 1/4, times the square of (0.4/0.2) / (0.6/0.8) = 8/3, are 16/9.
-    It is per number of steps: the closed form of mean shares would be another, as odds do not average."""
+    """The line in the figures would be a wrong prediction."""
+    # By hand: odds 1/4, times the square of (0.4/0.2) / (0.6/0.8) = 8/3, are 16/9.
     for scale, share in ((0.5, 16 / 25), (1, 0.4), (math.inf, 0.2)):
         assert pretrained.closed_form(0.2, 0.4, scale) == pytest.approx(share, rel=1e-12)
-    kinds = ((2, True), (3, False), (4, False), (4, True))
-    heldout = [{"steps": steps} for steps, _ in kinds]
-    demos = [{"steps": steps, "works": works} for steps, works in kinds]
+    # The prediction is made per number of steps, because the odds of a mean are not the mean of odds.
+    problems = ((2, True), (3, False), (4, False), (4, True))
+    heldout = [{"steps": steps} for steps, _ in problems]
+    demos = [{"steps": steps, "works": works} for steps, works in problems]
     by_steps = pretrained.shares({"heldout": heldout, "demos": demos}, [0.2, 0.5, 0.5, 0.5])
     assert by_steps == [(0.2, 1, 0.25), (0.5, 0, 0.25), (0.5, 0.5, 0.5)]
     assert pretrained.predict(by_steps, 0.3) == 0.25 * 1 + 0.25 * 0 + 0.5 * 0.5
 
 
 def test_intervals():
-    """0 of 96 is no certainty, problems that all seeds share are no new problems, and seeds count by their
-    spread: without it runs that differ would look sure."""
+    """0 of 96 would look certain, seeds that share their problems would look like new problems, and seeds that
+    differ would look sure."""
     mean, half = pretrained.interval([[False] * 96])
     assert (mean, half) == (0, pytest.approx(1.96 * math.sqrt(0.02 * 0.98 / 96), rel=1e-9))
-    outcomes = [True, False] * 48
-    assert pretrained.interval([outcomes, outcomes]) == pretrained.interval([outcomes])
+    assert pretrained.interval([[True, False] * 48] * 2) == pretrained.interval([[True, False] * 48])
     _, half = pretrained.interval([[0.2, 0.4], [0.4, 0.6]])  # problems 0.3 and 0.5, seeds 0.3 and 0.5
     assert half == pytest.approx(1.96 * math.sqrt(0.02 / 2 + 0.02 / 2), rel=1e-9)
-    assert toy.cell([0.5]) == "0.500 ± 0.044"  # 1.96 sqrt(0.25 / 500)
-    assert toy.cell([0.4, 0.5, 0.6]) == "0.500 ± 0.121"  # s = 0.1: 1.96 sqrt(0.25 / 500 + 0.01 / 3)
 
 
 def test_parts_of_the_data():
-    """The prediction takes the demonstrations' shares as given: chance must not move them. A question in two
-    parts would be known from training; held-out problems that changed with --demos could not be compared."""
+    """Chance would move the shares that the prediction takes as given, a question in two parts would be known
+    from training, and another --demos would change the held-out problems."""
     parts = pretrained.make_parts("habit", pretrained.parse_args(["--model", "M", "--lesson", "8000"]))
     for part, shares in pretrained.HABITS["habit"].items():
         for steps, share in shares.items():
@@ -50,50 +55,36 @@ def test_parts_of_the_data():
     assert more["heldout"] == parts["heldout"]
 
 
-def test_results_of_other_settings_are_not_mixed(tmp_path, monkeypatch):
-    """Finished parts are kept by name: with another --demos they would pass for results of that size."""
-    flags = ["--model", "M", "--out", str(tmp_path)]
-    monkeypatch.setattr(pretrained, "study", lambda case, args: None)
-    pretrained.main(pretrained.parse_args(flags))
-    pretrained.main(pretrained.parse_args([*flags, "--cases", "mixed", "--seeds", "3"]))
-    with pytest.raises(SystemExit, match="was begun with demos = 128, not 90"):
-        pretrained.main(pretrained.parse_args([*flags, "--demos", "90"]))
+def study(flags):
+    pretrained.main(pretrained.parse_args((TINY + flags).split()))
 
 
-def test_sft_extrapolated_by_one_is_sft(tmp_path):
-    """The control would be unfair if it mixed up start and end, or a finished row and another's cache."""
-    start, end = (toy.gsil.load_model(toy.gsil.TOY / "base", toy.FLAGS) for _ in range(2))
-    with torch.no_grad():
-        end.get_output_embeddings().weight *= 0.9
-    end.save_pretrained(tmp_path / "sft")
-    settings = ([problem["prompt_ids"] for problem in toy.PROBLEMS[:20]], toy.EOS, 40, 0, 20, "seed")
-    wanted = toy.gsil.sample(end, *settings)
-    assert wanted != toy.gsil.sample(start, *settings)
-    assert len({len(response) for response in wanted}) > 1  # so some rows finish before others
-    for make in (toy.Mixed, toy.extrapolated):
-        assert toy.gsil.sample(make(tmp_path, 1), *settings) == wanted
-    twice = toy.extrapolated(tmp_path, 0.5).get_output_embeddings().weight
-    assert torch.allclose(twice, 0.8 * start.get_output_embeddings().weight, rtol=1e-5)
+def test_a_study_from_start_to_table(tmp_path, capsys):
+    """A study would lose an hour to a flag or a file that the scripts no longer have, and results of other
+    settings would be mixed."""
+    study(f"{tmp_path} --methods rft extrapolated")
+    rows = [json.loads(file.read_text()) for file in (tmp_path / "habit/rows").glob("*.json")]
+    measured = [row for row in rows if isinstance(row, dict)]
+    assert len(measured) == 5  # start, SFT, SFT extrapolated by 1/0.5 and 1/0.3, RFT
+    assert all(finite(row["logp"]) and len(row["works"]) == 40 for row in measured)
+    lines = [line for line in (tmp_path / "habit/results.md").read_text().splitlines() if line[:1] == "|"]
+    assert len(lines) == 7 and len({line.count("|") for line in lines}) == 1
+    assert not list((tmp_path / "habit").glob("rft*/**/*.safetensors"))  # half a gigabyte each
+    with pytest.raises(SystemExit, match="was begun with demos = 40, not 90"):
+        study(f"{tmp_path} --demos 90")
+    capsys.readouterr()
+    study(f"{tmp_path} --methods rft")  # everything is kept: nothing is trained
+    assert "to load" not in capsys.readouterr().out
 
 
-def test_every_table_of_the_toy(monkeypatch, tmp_path, capsys):
-    """They take an hour: a flag that left the scripts, or a row without its number, must show before that."""
-
-    def run(command, seed):
-        script, *flags = command.split()
-        getattr(toy, script).parse_args([*flags, "--out", str(tmp_path / "none")])
-        return tmp_path
-
-    rows = [{"name": "base", "seconds": None}, {"name": "sft", "seconds": 1}]
-    (tmp_path / "summary.json").write_text(json.dumps({"rows": rows}))
-    (tmp_path / "runs" / "toy").mkdir(parents=True)
-    found = {**dict.fromkeys(toy.COLUMNS, 0.5), "gap": 1.0}
-    fakes = dict.fromkeys(["look", "looked", "extrapolated", "Mixed"], lambda *_: found)
-    for name, fake in {**fakes, "run": run, "ROOT": tmp_path}.items():
-        monkeypatch.setattr(toy, name, fake)
-    monkeypatch.chdir(tmp_path)  # main() leaves it, and monkeypatch comes back
-    toy.main(toy.parse_args(["all", "--seeds", "2"]))
-    tables = [part.splitlines() for part in capsys.readouterr().out.split("\n\n") if part.startswith("|")]
-    assert len(tables) == len(toy.TABLES)
-    for lines in tables:
-        assert len(lines) > 2 and len({line.count("|") for line in lines}) == 1
+@pytest.mark.parametrize("side", ["ours", "plain", "sample", "generate"])
+def test_a_side_of_the_benchmark(side):
+    """The comparison would miss a side of which the scripts' functions changed."""
+    flags = "--size tiny --batch 2 --steps 1 --max-new-tokens 4"
+    args = bench.parse_args(flags.split())
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(bench.make_config(args)).eval()
+    before = model.lm_head.weight.clone()
+    figures = bench.SIDES[side](model, bench.make_pairs(args), 2, args)
+    assert finite(figures.values()) and min(figures.values()) >= 0
+    assert (side in ("ours", "plain")) == (not torch.equal(model.lm_head.weight, before))

@@ -2,45 +2,51 @@
 
 import copy
 import math
-import random
+import re
 from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import tiny_model
-from helpers import gradient, made_pairs, relative
+from conftest import byte_tokenizer, tiny_model
+from helpers import EOS, gradient, logged, made_pairs, relative
+from transformers import AutoModelForCausalLM
 
 import gsil
 
 
-def args_for(flags):
-    return gsil.parse_args(["--data", "x.jsonl", *flags.split()])
+def args_for(flags=""):
+    return gsil.parse_args(["--data", "x.jsonl", "--micro-batch", "4096", *flags.split()])
 
 
-def trained(model, pairs, flags, loss="logistic", shift=0.0, first_loss=None):
-    """The records of training on pairs; shift a number, or a tensor that is learned."""
-    args = args_for(flags)
-    loss_of = partial(gsil.gsil_loss, loss=loss, scale=0.5, shift=torch.as_tensor(shift))
-    learned = shift if isinstance(shift, torch.Tensor) else None
-    return list(gsil.train(model, pairs, loss_of, args.epochs, args, "0 round 1", learned, first_loss))
+def loss_with(shift=0.0, loss="logistic"):
+    return partial(gsil.gsil_loss, loss=loss, scale=0.5, shift=torch.as_tensor(shift))
+
+
+def trained(model, rows, flags, folder, loss_of=None, learned=(), dev=()):
+    """The metrics of every step of training on rows."""
+    args = args_for(f"{flags} --out {folder}/run")
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    ends = {"eos_ids": {EOS}, "max_new_tokens": 7}
+    data = SimpleNamespace(tokenizer=byte_tokenizer(), dev=list(dev), **ends)
+    gsil.train(model, rows, loss_of or loss_with(), args.epochs, out / "round_1", data, args, list(learned))
+    return logged(out, "round 1")
 
 
 def test_an_update_is_the_gradient_of_the_whole_batch():
-    """Averaging the parts' means would weigh pairs of a small last part too much. Parts of one pair, of two or
-    three, and the whole against one pass over all, written out here, but for the rounding of float32 sums. No
-    step sees the one before; clipping leaves the direction, and the shift beside it alone."""
+    """Parts of the batch would weigh too much or run out of memory, or a step see the gradient of another one."""
     model = tiny_model()
     shift = torch.tensor(0.5, requires_grad=True)
     pairs = made_pairs(model)
     for n, pair in enumerate(pairs):  # some are told apart, some not
         pair["real_reference"] -= 0.5
         pair["generated_reference"] -= 0.25 + n % 2
-    loss_of = partial(gsil.gsil_loss, loss="logistic", scale=0.5, shift=shift)
-    losses, metrics = loss_of(model, pairs)
+    losses, metrics = loss_with(shift)(model, pairs)
     losses.mean().backward()
-    expected = gradient(model)
+    expected, of_shift = gradient(model), shift.grad.item()
     norm = expected.norm().item()
-    of_shift = shift.grad.item()
     of_all = {name: values.mean().item() for name, values in metrics.items()}
     of_all |= {"loss": losses.mean().item(), "grad_norm": norm}
     optimizer = torch.optim.SGD([{"params": [*model.parameters()]}, {"params": [shift]}], lr=0.0)
@@ -49,105 +55,136 @@ def test_an_update_is_the_gradient_of_the_whole_batch():
     look = lambda *_: found.update(gradient=gradient(model), of_shift=shift.grad.item())
     optimizer.register_step_pre_hook(look)
     for micro, clip in ((1, 1e6), (60, 1e6), (4096, 1e6), (4096, norm / 100)):
-        args = args_for(f"--clip {clip} --micro-batch {micro}")
-        means = gsil.update(model, optimizer, pairs, loss_of, args)
-        assert means == pytest.approx(of_all, rel=1e-4, abs=1e-4)  # sums of about 40 nats
+        parts = []
+
+        def loss_of(model, part, parts=parts, micro=micro):
+            sides = [
+                len(row["prompt_ids"]) + len(row[key])
+                for row in part
+                for key in ("real_ids", "generated_ids")
+            ]
+            assert len(part) == 1 or 2 * len(part) * max(sides) <= micro  # both sides padded to the longest
+            parts.extend(pairs.index(row) for row in part)
+            return loss_with(shift)(model, part)
+
+        means = gsil.update(
+            model, optimizer, pairs, loss_of, args_for(f"--clip {clip} --micro-batch {micro}")
+        )
+        assert sorted(parts) == list(range(7))
+        assert means == pytest.approx(of_all, rel=1e-4, abs=1e-4)  # float32 sums of about 40 nats
         assert relative(found["gradient"], expected * min(1, clip / norm)) < 1e-5
-        assert found["of_shift"] == pytest.approx(of_shift, rel=1e-4)
+        assert found["of_shift"] == pytest.approx(of_shift, rel=1e-4)  # which is not clipped
 
 
-def test_a_learned_shift_does_not_see_the_micro_batches():
-    """Its first gradient is 0, but for a rounding of 1e-7, of which Adam's usual eps made a step of 0.02 in any
-    direction; with ours it is 0.02 * 1e-7/1e-4. A shift that was given as a number stays."""
+def test_a_learned_shift_does_not_see_the_micro_batches(tmp_path):
+    """Adam's usual eps turns the rounding error that is the shift's first gradient into a step of 0.02."""
     last = []
     for micro in (4096, 60, 1):
-        model = tiny_model()
-        shift = torch.tensor(0.0, requires_grad=True)
+        model, shift = tiny_model(), torch.tensor(0.0, requires_grad=True)
         flags = f"--batch 4 --epochs 4 --lr 1e-3 --micro-batch {micro}"
-        records = trained(model, made_pairs(model, 8), flags, shift=shift)
-        assert abs(records[1]["shift"]) < 2e-4
-        last.append(records[-1]["shift"])
+        steps = trained(model, made_pairs(model, 8), flags, tmp_path / str(micro), loss_with(shift), [shift])
+        assert abs(steps[1]["shift"]) < 2e-4  # 0.02 * 1e-7 / 1e-4, and room for another order of sums
+        last.append(steps[-1]["shift"])
     assert abs(last[0]) > 0.01 and last == pytest.approx([last[0]] * 3, rel=0.02)
-    assert {record["shift"] for record in trained(model, made_pairs(model), "", shift=2.0)} == {2.0}
 
 
 @pytest.mark.parametrize("loss", gsil.LOSSES)
 @pytest.mark.parametrize("shift, optimizer", [(0.0, "adamw"), (2.0, "rmsprop")])
-def test_training_tells_real_from_generated(loss, shift, optimizer, capsys):
-    """A sign error in a loss would turn this around. References of other weights, or dropout, would spoil every
-    log-ratio: the first loss, which is else that of h = shift, shows it."""
-    model = tiny_model().train()
-    for layer in model.model.layers:
-        layer.self_attn.attention_dropout = 0.5
-    pairs = made_pairs(tiny_model(), 8)
-    expected = gsil.LOSSES[loss](torch.tensor(shift), torch.tensor(shift)).item()
+def test_training_tells_real_from_generated(loss, shift, optimizer, tmp_path):
+    """With a sign turned round the policy would come to prefer its own responses to the demonstrations."""
+    model = tiny_model()
     flags = f"--batch 8 --lr 1e-3 --epochs 10 --optimizer {optimizer}"
-    first, *_, last = trained(model, pairs, flags, loss, shift, expected)
+    first, *_, last = trained(model, made_pairs(model, 8), flags, tmp_path, loss_with(shift, loss))
+    expected = gsil.LOSSES[loss](torch.tensor(shift), torch.tensor(shift)).item()
     assert first["loss"] == pytest.approx(expected, rel=1e-3)  # d of about 1e-5, times a slope of at most 100
-    assert last["loss"] < first["loss"] and last["told_apart"] == 1
-    assert last["log_ratio_real"] > last["log_ratio_generated"] + 1
-    for pair in pairs:
-        pair["real_reference"] += 3
-    with pytest.raises(SystemExit) as stop:
-        trained(tiny_model(), pairs, flags, loss, shift, expected)
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and "disagree" in error and f"not {expected:.4f}" in error
+    assert last["loss"] < first["loss"] and last["told_apart"] == 1 and last["shift"] == shift
+    assert last["d_real"] > last["d_generated"] + 1
 
 
-def test_every_row_is_seen_once_per_epoch():
+def test_every_row_is_seen_once_per_epoch(tmp_path):
     """A shuffle that drops or repeats rows, or an epoch that drops the last small batch, biases training."""
     model = tiny_model()
     pairs = made_pairs(model, 7)
     seen = []
-    sizes = []
 
     def loss_of(model, part):
-        seen.extend(pairs.index(pair) for pair in part)
-        sizes.append(len(part))
+        seen.append([pairs.index(pair) for pair in part])
         return gsil.sft_loss(model, part, 4.0)
 
-    records = list(gsil.train(model, pairs, loss_of, 2, args_for("--batch 3"), "0 round 1"))
-    assert sizes == [3, 3, 1] * 2
-    assert sorted(seen[:7]) == sorted(seen[7:]) == list(range(7)) and seen[:7] != seen[7:]
-    epochs = [record["epoch"] for record in records]
-    assert epochs == pytest.approx([1 / 3, 2 / 3, 1, 4 / 3, 5 / 3, 2])
+    trained(model, pairs, "--batch 3", tmp_path, loss_of)
+    assert [len(part) for part in seen] == [3, 3, 1] * 2
+    epochs = [[n for part in parts for n in part] for parts in (seen[:3], seen[3:])]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(7)) and epochs[0] != epochs[1]
 
 
-def test_a_number_that_is_not_finite_stops_before_the_step(capsys):
-    """A step with a gradient that is NaN or infinite would destroy the weights without a word."""
+def test_the_first_epoch_that_solves_most_dev_problems_is_saved(tmp_path, capsys):
+    """A later epoch with fewer right answers, or with as many and more overfitting, would be what people load."""
+    tokenizer = byte_tokenizer()
+    prompt_ids = tokenizer("1 + 1 ?").input_ids
+    texts = {answer: tokenizer(f"#### {answer}").input_ids + [EOS] for answer in "12"}
+    dev = [{"prompt_ids": prompt_ids, "real_ids": texts[answer], "answer": answer} for answer in "112"]
+    for problems in (dev, []):
+        model, taught, before = tiny_model(), iter("1" * 25 + "2" * 25 + "1" * 25), []  # one lesson an epoch
+
+        def loss_of(model, rows, taught=taught, before=before):
+            before.append(copy.deepcopy(model.state_dict()))
+            return gsil.sft_loss(model, [{"prompt_ids": prompt_ids, "real_ids": texts[next(taught)]}], 1.0)
+
+        folder = tmp_path / str(len(problems))
+        trained(model, dev[:1] * 25, "--batch 1 --epochs 3 --lr 5e-3 --clip 9", folder, loss_of, dev=problems)
+        saved = AutoModelForCausalLM.from_pretrained(folder / "run/round_1").state_dict()
+        expected = before[25] if problems else model.state_dict()  # after one epoch; without dev after all
+        assert all(torch.equal(saved[key], expected[key]) for key in saved)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "of dev right" in line]
+    assert [line.split("%")[0].split()[-1] for line in lines] == ["66.7", "33.3", "66.7"]
+    assert ["kept" in line for line in lines] == [True, False, False]
+
+
+def bad_reference(model, pairs):
+    return loss_with()(model, [pair | {"real_reference": pair["real_reference"] + 3} for pair in pairs])
+
+
+def bad_gradient(model, pairs):
+    losses, metrics = loss_with()(model, pairs)
+    losses.register_hook(lambda gradient: gradient * math.inf)
+    return losses, metrics
+
+
+STOPS = {  # a loss, what must be said of it
+    "policy and reference differ": bad_reference,
+    "gradient norm": bad_gradient,
+    "a loss should have (one|a) value": lambda model, pairs: (loss_with()(model, pairs)[0].mean(), {}),
+    "each|per row": lambda model, pairs: (loss_with()(model, pairs)[0].repeat(2), {}),
+}
+
+
+@pytest.mark.parametrize("says", STOPS)
+def test_training_stops_before_a_step_that_would_ruin_the_weights(says, tmp_path, capsys):
+    """References of other weights, a gradient that is not finite, or a loss that is a mean would train nonsense."""
     model = tiny_model()
     before = copy.deepcopy(model.state_dict())
-    model.lm_head.weight.register_hook(lambda gradient: gradient * math.inf)
-    with pytest.raises(SystemExit):
-        trained(model, made_pairs(tiny_model()), "")
-    assert "gradient norm" in capsys.readouterr().err
-    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    with pytest.raises(SystemExit) as stop:
+        trained(model, made_pairs(model), "", tmp_path, STOPS[says])
+    assert stop.value.code == 2 and re.search(says, capsys.readouterr().err)
+    if says == "gradient norm":
+        assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 
 
-def test_warmup_and_decay():
-    """The rate rises in --warmup steps, then falls on a line that ends near 0. A row is a batch, not none."""
+def test_warmup_and_decay(tmp_path):
+    """Without the rise the first steps of AdamW are full ones, without the fall the last ones are."""
     model = tiny_model()
-    records = trained(model, made_pairs(model, 1), "--warmup 2 --epochs 6 --lr 4e-4")
-    assert [record["lr"] for record in records] == pytest.approx([0, 2e-4, 4e-4, 3e-4, 2e-4, 1e-4])
+    steps = trained(model, made_pairs(model, 1), "--warmup 2 --epochs 6 --lr 4e-4", tmp_path)
+    assert [step["lr"] for step in steps] == pytest.approx([0, 2e-4, 4e-4, 3e-4, 2e-4, 1e-4])
 
 
-@pytest.mark.parametrize("world", [1, 2, 3])
-def test_micro_batches_are_the_batch(world, monkeypatch):
-    """Every row counts once, on one rank, within --micro-batch tokens; every rank makes as many forward
-    passes, or FSDP would hang. Both sides of a pair are padded to the longer one."""
-    rng = random.Random(0)
-    for n in (1, 2, 5, 9):
-        batch = [{"n": i, "prompt_ids": [5], "real_ids": [5] * rng.randint(1, 9)} for i in range(n)]
-        counted = []
-        passes = set()
-        for rank in range(world):
-            monkeypatch.setattr(gsil, "ranks", lambda rank=rank: (rank, world))
-            parts = gsil.micro_batches(batch, 14)
-            passes.add(len(parts))
-            for part, count in parts:
-                counted += [row["n"] for row in part[:count]]
-                assert 0 < len(part) * max(1 + len(row["real_ids"]) for row in part) <= 14
-        assert sorted(counted) == list(range(n)) and len(passes) == 1
-    pair = {"prompt_ids": [5] * 3, "real_ids": [6] * 2, "generated_ids": [7] * 7}  # 2 x 10 tokens
-    for tokens, sizes in ((40, [2, 2]), (39, [1] * 4)):
-        assert [len(part) for part, _ in gsil.micro_batches([pair] * 4 * world, tokens)] == sizes
+@pytest.mark.parametrize("low_steps, warned", [((3,), False), ((1, 2), True)])
+def test_a_log_ratio_below_50_in_an_epochs_mean_is_warned_of(low_steps, warned, tmp_path, capsys):
+    """The last batch alone may be fine, or bad by chance, where the epoch as a whole is not."""
+    model, steps = tiny_model(), iter(range(4))
+
+    def loss_of(model, rows):
+        losses, metrics = loss_with()(model, rows)
+        return losses, metrics | {"d_real": metrics["d_real"] - 150 * (next(steps) in low_steps)}
+
+    trained(model, made_pairs(model, 4), "--batch 1 --epochs 1 --lr 1e-9", tmp_path, loss_of)
+    assert ("warning:" in capsys.readouterr().out) == warned

@@ -5,7 +5,7 @@
     python tests/studies/bench.py --eval --model M --data DIR        # DIR: GSM8K's train.jsonl and test.jsonl
 
 --train: steps on pairs of GSM8K's text, or of random ids of its lengths; random weights. Needs trl, accelerate.
-    ours        gsil.score, then gsil.train; the number behind it is --micro-batch, tokens per forward pass
+    ours        gsil.score, then gsil.update; the number behind it is --micro-batch, tokens per forward pass
     trl         TRL's DPOTrainer at its best settings: pairs sorted by length, reference computed beforehand;
                 the number is its pairs per forward pass, the rest of a step is gradient accumulation
     plain       a loop with a second model as reference, a step's pairs padded to the longest, in one pass
@@ -67,9 +67,10 @@ RESPONSE_LENGTHS = [44, 50, 55, 60, 64, 68, 73, 77, 82, 86, 92, 98, 104, 110, 11
 
 def parse_args(argv=None):
     """Flags -> Namespace; those without a default here have one by device, of SMALL or LARGE."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=gsil.Help)
+    raw = argparse.RawDescriptionHelpFormatter  # prints the docstring as it is
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     flag = parser.add_argument
-    flag("--train", action="store_true", help="gsil.train beside TRL and a plain loop")
+    flag("--train", action="store_true", help="steps of gsil.py beside TRL and a plain loop")
     flag("--sample", action="store_true", help="gsil.sample beside generate")
     flag("--eval", action="store_true", help="eval.py beside lm_eval")
     flag("--data", help="folder with the splits of GSM8K, or of --task")
@@ -120,7 +121,8 @@ def bench(args):
     settings = {side: settings[side] for side in args.sides if side in settings}
     turns = {(side, value): {} for side, values in settings.items() for value in values}
     with tempfile.TemporaryDirectory() as folder:
-        gsil.write(Path(folder) / "pairs.jsonl", make_pairs(args))
+        pairs = make_pairs(args)
+        gsil.write(Path(folder) / "pairs.jsonl", "".join(json.dumps(pair) + "\n" for pair in pairs))
         for n in range(args.repeats):
             for side, values in settings.items():
                 # Freed memory stays with its process on a CPU, so there each setting has its own.
@@ -138,6 +140,11 @@ def bench(args):
             if ratios and ours is not measured and not name.startswith("tokens"):
                 line += f"    ratio{spread(ratios)}"
             print(line, flush=True)
+
+
+def read(path):
+    """The values of a .jsonl file. (gsil.read_rows would take a file of lists for one list.)"""
+    return [json.loads(line) for line in path.read_text("utf-8").split("\n") if line]
 
 
 def spread(values):
@@ -158,14 +165,14 @@ def run_side(side, values, folder, args):
         print(f"{side} failed: {error.stderr[-1000:]}", flush=True)
     except subprocess.TimeoutExpired:
         print(f"{side} stopped after {args.timeout} s", flush=True)
-    return gsil.read_json_lines(results)
+    return read(results)
 
 
 def work(args):
     """In the process of a side: measure each setting, and write down its figures at once."""
     folder, *values = args.worker
     torch.set_num_threads(1)
-    pairs = gsil.read_json_lines(Path(folder) / "pairs.jsonl")
+    pairs = read(Path(folder) / "pairs.jsonl")
     for value in map(int, values):
         torch.manual_seed(0)
         with torch.device(args.device):
@@ -192,7 +199,7 @@ def make_pairs(args):
     vocabulary = SHAPES[args.size][0]
     chance = random.Random(0)
     if args.data:  # the generated response is another question's
-        rows = gsil.read_json_lines(Path(args.data) / "train.jsonl")
+        rows = read(Path(args.data) / "train.jsonl")
         bpe = ByteLevelBPETokenizer()
         texts = [text for row in rows for text in row.values()]
         bpe.train_from_iterator(texts, vocabulary, special_tokens=["<eos>"], show_progress=False)
@@ -281,8 +288,11 @@ def train_ours(model, pairs, max_tokens, args):
             logps = gsil.score(model, both(rows), max_tokens)
             for pair, real, generated in zip(rows, logps, logps[len(rows) :]):
                 pair |= {"real_reference": real, "generated_reference": generated}
-            for _ in gsil.train(model, rows, loss_of, 1, run, "bench", shift, math.log(2)):
-                pass
+            steps = len(rows) // args.batch
+            optimizer, schedule = gsil.make_optimizer(model, LR, steps, run)
+            for start in range(0, len(rows), args.batch):
+                gsil.update(model, optimizer, rows[start : start + args.batch], loss_of, run)
+                schedule.step()
     return meter.figures(args.steps, "step")
 
 
@@ -366,7 +376,7 @@ def padded_logps(model, texts):
     ids = gsil.pad([x + y for x, y in texts], "right", model.device)  # (B, T)
     mask = gsil.pad([[0] * len(x) + [1] * len(y) for x, y in texts], "right", model.device)  # (B, T)
     attention = gsil.pad([[1] * len(x + y) for x, y in texts], "right", model.device)  # (B, T)
-    with gsil.autocast(model):
+    with gsil.autocast():
         logits = model(input_ids=ids, attention_mask=attention, use_cache=False).logits[:, :-1]
     logps = logits.float().log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]  # (B, T - 1)
     return (logps * mask[:, 1:]).sum(-1)
@@ -383,7 +393,7 @@ def sample_generate(model, prompts, args):
     ids = gsil.pad(prompts, "left", model.device)
     mask = gsil.pad([[1] * len(prompt) for prompt in prompts], "left", model.device)
     how = {"do_sample": True, "top_k": 0, "top_p": 1.0, "max_new_tokens": args.max_new_tokens}
-    with gsil.autocast(model):
+    with gsil.autocast():
         out = model.generate(input_ids=ids, attention_mask=mask, **how)
     rows = out[:, ids.shape[1] :].tolist()
     return [row[: row.index(EOS) + 1] if EOS in row else row for row in rows]  # behind EOS are pads

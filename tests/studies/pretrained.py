@@ -228,6 +228,7 @@ def kept(file, make, *inputs):
 def train(folder, model, data, seed, flags, args):
     """`SCRIPT FLAGS --out folder` unless that is finished: (folder of the model, seconds of its training)."""
     script = {"gsil": gsil, "irft": irft}[flags.split()[0]]
+    stage = "sft" if "--loss sft" in flags else "round 1"
     if (folder / "args.json").exists():
         flags = f"--resume {folder}"
     else:
@@ -237,10 +238,12 @@ def train(folder, model, data, seed, flags, args):
         flags += f" --batch {args.batch} --micro-batch {args.micro_batch} --sample-batch {args.sample_batch}"
         flags += f" --max-new-tokens {args.max_new_tokens} --baseline none --device {args.device}"
         flags += f" --seed {seed} --out {folder}"
-    if not (folder / "summary.json").exists():
-        script.main(script.parse_args(flags.split()))
-    summary = json.loads((folder / "summary.json").read_text("utf-8"))
-    return folder / "round_1", summary["rows"][-1]["seconds"]
+    table = {}
+    if (folder / "summary.json").exists():
+        table = json.loads((folder / "summary.json").read_text("utf-8"))
+    if stage not in table:  # the table is rewritten after every row
+        table = script.main(script.parse_args(flags.split()))
+    return folder / stage.replace(" ", "_"), table[stage]["seconds"]
 
 
 def load(folder, args):
@@ -340,7 +343,7 @@ def study(case, args):
         )
 
     # SFT: the setting under which the right worked answers to the dev problems are likeliest.
-    begin = (out / "start/round_1", out / "data/demos.jsonl")
+    begin = (out / "start/sft", out / "data/demos.jsonl")
     chances = {}
     for epochs in (args.epochs, args.epochs + 1):
         for lr in (args.lr, 2 * args.lr):

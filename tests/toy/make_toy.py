@@ -11,6 +11,7 @@ does to the habit can be predicted from HASTY.
     python tests/toy/make_toy.py                # all of tests/toy; the base model takes 6 to 10 minutes
     python tests/toy/make_toy.py --data-only    # the .jsonl files alone: seconds, identical on every machine
     python tests/toy/make_toy.py --perfect      # into runs/toy-perfect: the demonstrators are never hasty
+    python tests/toy/make_toy.py --seed 1       # into runs/toy-1: everything anew, other questions and another base
 """
 
 import argparse
@@ -134,14 +135,20 @@ def parse_args(argv=None):
     flag = parser.add_argument
     flag("--data-only", action="store_true", help="write the .jsonl files, train no model")
     flag("--perfect", action="store_true", help="demonstrators are never hasty; implies --data-only")
-    flag("--out", type=Path, help="default tests/toy, with --perfect runs/toy-perfect")
+    flag("--seed", type=int, default=0, help="of the questions, the answers and the base model (default: 0)")
+    flag(
+        "--out",
+        type=Path,
+        help="default tests/toy, with --perfect runs/toy-perfect, with a --seed runs/toy-SEED",
+    )
     args = parser.parse_args(argv)
-    args.out = args.out or (HERE.parents[1] / "runs" / "toy-perfect" if args.perfect else HERE)
+    name = "toy" + ("-perfect" if args.perfect else "") + (f"-{args.seed}" if args.seed else "")
+    args.out = args.out or (HERE if name == "toy" else HERE.parents[1] / "runs" / name)
     return args
 
 
 def main(args):
-    rows = make_rows(0, args.perfect)
+    rows = make_rows(args.seed, args.perfect)
     args.out.mkdir(parents=True, exist_ok=True)
     for part in ("demos", "dev", "heldout", "preferences"):
         (args.out / f"{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[part]))
@@ -149,7 +156,7 @@ def main(args):
     if args.perfect or args.data_only:
         return
     tokenizer = make_tokenizer()
-    model = train_base(rows["base"], tokenizer)
+    model = train_base(rows["base"], tokenizer, args.seed)
     model.save_pretrained(args.out / "base")
     tokenizer.save_pretrained(args.out / "base")
     print(f"base model: {model.num_parameters()} parameters; python gsil.py --rounds 0 measures it")
