@@ -34,6 +34,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from importlib.metadata import version
+from itertools import takewhile
 from pathlib import Path
 from statistics import fmean, stdev, variance
 from subprocess import DEVNULL, PIPE, Popen
@@ -86,10 +87,9 @@ def parse_args(argv=None):
         if task not in args.tasks:
             parser.error(f"--data {item}: should be TASK=PATH, with one of --tasks {tasks}")
         args.data[task] = path
-    may_be_zero = ("shots", "temperature", "seed")
     for name, value in vars(args).items():
         if type(value) in (int, float):
-            allowed = value > 0 or (value == 0 and name in may_be_zero)
+            allowed = value > 0 or (value == 0 and name in ("shots", "temperature", "seed"))
             if not (allowed and math.isfinite(value)):
                 parser.error(f"--{name.replace('_', '-')} {value}: out of range")
     if args.samples > 1 and args.temperature == 0:
@@ -151,8 +151,7 @@ def apply_chat_template(tokenizer, turns, complete=False):
     """A conversation as text, up to where the assistant goes on, or if complete after its turn."""
     begun = turns[-1]["role"] == "assistant"
     options = {"add_generation_prompt": not begun, "continue_final_message": begun and not complete}
-    without_system = [message for message in turns if message["role"] != "system"]
-    for messages in (turns, without_system):  # lm_eval's second try, if a system turn is refused
+    for messages in (turns, [one for one in turns if one["role"] != "system"]):  # as lm_eval tries it
         with suppress(TemplateError):
             return tokenizer.apply_chat_template(messages, tokenize=False, **options)
     die(f"the chat template refuses this conversation, with or without a system turn: {turns!r:.300}")
@@ -170,9 +169,10 @@ def encode(lm, text, special=True):
 
 
 # ---- 2. Generation: what does the model respond? --------------------------------------------
-def generate(lm, prompts, stop, max_new_tokens, temperature, batch_size, name=""):
+def generate(lm, prompts, stop, max_new_tokens, temperature, batch_size, name="", own=False):
     """Prompts (lists of token ids) -> [(response, was it cut at max_new_tokens?)]. A response ends
-    before the first stop sequence. As in lm_eval the model's generation config applies, too."""
+    before the first stop sequence. As in lm_eval the model's generation config applies: see KEPT.
+    lm_eval keeps an EOS token that is not special in the text; for own tasks the response ends there."""
     model, tokenizer = lm.model, lm.tokenizer
     stop = [*stop, *(model.generation_config.stop_strings or []), tokenizer.eos_token]
     tail = max(len(text.encode()) for text in stop) + 2  # the last `tail` tokens hold any of them
@@ -187,20 +187,19 @@ def generate(lm, prompts, stop, max_new_tokens, temperature, batch_size, name=""
     responses = [None] * len(prompts)
     for rows in tqdm(chunks(order, batch_size), desc=name, leave=False, disable=None):
         batch = [prompts[i] for i in rows]
-        width = len(batch[0])  # P, the length of the longest prompt
-        # A prompt is padded with its own first token, in which no penalty for repetitions sees news.
-        ids = [prompt[:1] * (width - len(prompt)) + prompt for prompt in batch]
-        mask = pad([[1] * len(prompt) for prompt in batch], "left", model.device)  # (B, P)
+        ids = pad(batch, "left", model.device)  # (B, P)
+        mask = pad([[1] * len(row) for row in batch], "left", model.device)  # (B, P)
+        width = ids.shape[1]
 
         def stopped(ids, scores, start=width, **_):
             """Which rows contain a stop sequence? (B, T) -> (B,). It saves time, but `cut` decides."""
             tails = tokenizer.batch_decode(ids[:, max(start, ids.shape[1] - tail) :])
             return torch.tensor([any(text in end for text in stop) for end in tails], device=ids.device)
 
-        ids = torch.tensor(ids, device=model.device)  # (B, P)
         out = model.generate(ids, attention_mask=mask, stopping_criteria=[stopped], **options)
         out = out[:, width:]  # (B, T)
-        texts = tokenizer.batch_decode(out, skip_special_tokens=True)
+        texts = [[*takewhile(lambda x: x not in lm.eos_ids, row)] if own else row for row in out.tolist()]
+        texts = tokenizer.batch_decode(texts, skip_special_tokens=True)
         for i, ids, text, raw in zip(rows, out.tolist(), texts, tokenizer.batch_decode(out)):
             responses[i] = cut(text, stop), not lm.eos_ids & {*ids} and cut(raw, stop) == raw
     return responses
@@ -235,7 +234,7 @@ def run_generation(name, problems, lm, args):
         prompts += [ids[-room:]] * args.samples  # as in lm_eval, a long prompt loses its beginning
     torch.manual_seed(args.seed)
     options = (task.stop, max_new_tokens, args.temperature, args.batch_size)
-    responses = generate(lm, prompts, *options, name)
+    responses = generate(lm, prompts, *options, name, own=task.chat)
     for sample, part in zip(samples, chunks(responses, args.samples)):
         sample["responses"] = [text for text, _ in part]
         sample["unfinished"] = sum(was_cut for _, was_cut in part)
@@ -567,7 +566,7 @@ TRUTHFULQA_EXAMPLES = (
 )
 
 
-def read_truthfulqa(row, targets):  # truthfulqa/truthfulqa_mc1.yaml, truthfulqa/utils.py
+def read_truthfulqa(row, targets="mc1_targets"):  # truthfulqa/truthfulqa_mc1.yaml, truthfulqa/utils.py
     choices, labels = row[targets]["choices"], row[targets]["labels"]
     check(len(labels) == len(choices), f"{targets} should have as many labels as choices")
     if targets == "mc1_targets":
@@ -645,11 +644,7 @@ TASKS = {
         "allenai/winogrande winogrande_xl", read_winogrande, acc, run_choices, "validation train", "others"
     ),
     "truthfulqa_mc1": Task(
-        "truthfulqa/truthful_qa multiple_choice",
-        partial(read_truthfulqa, targets="mc1_targets"),
-        acc,
-        run_choices,
-        "validation",
+        "truthfulqa/truthful_qa multiple_choice", read_truthfulqa, acc, run_choices, "validation"
     ),
     "truthfulqa_mc2": Task(
         "truthfulqa/truthful_qa multiple_choice",
@@ -743,7 +738,10 @@ def find_rows(name, split, args):
     if name not in args.data:
         import datasets  # slow to import, and not needed for files
 
-        rows = datasets.load_dataset(*task.hub.split(), split=split)
+        try:
+            rows = datasets.load_dataset(*task.hub.split(), split=split)
+        except Exception as error:  # noqa: BLE001 (the library may raise anything)
+            die(f"{task.hub}, instead of --data {name}=PATH: {' '.join(str(error).split())}")
         return [(f"{task.hub} row {n}", row) for n, row in enumerate(rows, 1)]
     path = Path(args.data[name])
     if split == task.splits.split()[0] and not path.is_dir():
@@ -776,6 +774,9 @@ def evaluate(path, data, args):
     return outcome
 
 
+# What counts of a generation config; the rest changes the number or the distribution of the responses
+KEPT = ["eos_token_id", "stop_strings", "repetition_penalty", "no_repeat_ngram_size", "bad_words_ids"]
+KEPT += ["sequence_bias", "suppress_tokens", "begin_suppress_tokens", "min_length", "min_new_tokens"]
 # cache_size and eos_ids: see try_model and load_lm; a reward model needs neither them nor a window
 LM = namedtuple("LM", "model tokenizer window cache_size eos_ids")
 
@@ -784,6 +785,8 @@ def load_lm(path, args):
     """The model to evaluate. What its scores depend on is printed: dtype, window, BOS."""
     tokenizer = load_tokenizer(path, args)
     model = load_model(transformers.AutoModelForCausalLM, path, "causal language model", args)
+    kept = {name: getattr(model.generation_config, name, None) for name in KEPT}
+    model.generation_config = transformers.GenerationConfig(**kept)
     window = find_window(model.config, tokenizer)
     begin = tokenizer.bos_token if tokenizer("a").input_ids[0] == tokenizer.bos_token_id else "no BOS token"
     about = f"{model.num_parameters():,} parameters, {str(model.dtype)[6:]}, {model.device}"

@@ -117,10 +117,7 @@ NO_DEMONSTRATIONS = [  # of these any number is left out
 ]
 
 
-CASES = [(*case, ZEPHYR)[:3] for case in BROKEN + NO_DEMONSTRATIONS]
-
-
-@pytest.mark.parametrize("row, says, template", CASES)
+@pytest.mark.parametrize("row, says, template", [(*case, ZEPHYR)[:3] for case in BROKEN + NO_DEMONSTRATIONS])
 def test_rows_that_cannot_be_used_say_why(row, says, template, tmp_path, capsys):
     """Such a row would be trained on as another text: cut at an EOS, without its tools, thoughts or system turn."""
     (tmp_path / "x.json").write_text(json.dumps([row]))
@@ -171,75 +168,60 @@ def test_unusable_files_are_one_sentence(name, content, says, inputs, tmp_path, 
     assert said.startswith("error: ") and re.search(says, said) and not Path("out").exists()
 
 
-@pytest.fixture
-def folder(tmp_path):
-    """A model's folder with config and tokenizer, but no weights: data is read before them."""
-    byte_tokenizer().save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
-
-
-def data_of(folder, data, flags="", kind="llama", **config):
-    """What read_data makes of a file, for a model of 300 tokens, if a llama with a window of 256."""
-    window = {"max_position_embeddings": 256} if kind == "llama" else {}
-    config = {"vocab_size": 300, "eos_token_id": EOS} | window | config
-    AutoConfig.for_model(kind, **config).save_pretrained(folder)
-    flags = ["--model", str(folder), "--data", str(data), "--heldout", str(data), *flags.split()]
-    return gsil.read_data(gsil.parse_args(flags))
-
-
 ROPE = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "rope_theta": 1e4}
 PHI = {"hidden_size": 32, "num_attention_heads": 4, "rope_parameters": ROPE}
 PHI["original_max_position_embeddings"] = 64
 WRAPPER = {"text_config": {"max_position_embeddings": 99, "vocab_size": 300}}
 IDS = byte_tokenizer()(ASKED.replace(Q, "a")).input_ids  # the prompt below; a token for each letter
-WINDOWS = [  # flags, the model, its config, the longest response that this leaves
-    ("", "llama", {}, 128),  # half of the window
-    ("", "llama", {"max_position_embeddings": 4096}, 256),
-    (f"--max-new-tokens {256 - len(IDS)}", "llama", {"vocab_size": max(IDS) + 1}, 256 - len(IDS)),
+SHORT = {"max_position_embeddings": 256}
+WINDOWS = [  # flags, the model, its config; the longest response that this leaves, or what the sentence says
+    ("", "llama", SHORT, 128),  # half of the window
+    (f"--max-new-tokens {256 - len(IDS)}", "llama", SHORT | {"vocab_size": max(IDS) + 1}, 256 - len(IDS)),
+    (f"--max-new-tokens {257 - len(IDS)}", "llama", SHORT, f"{len(IDS)} tokens"),
+    ("", "llama", {"vocab_size": max(IDS)}, f"ids beyond the model's {max(IDS)}"),
     ("", "phi3", PHI, 32),  # beyond the original window of 64 all positions change
     ("", "gemma3", WRAPPER, 49),  # the window of its text part
-    ("--max-new-tokens 9999", "bloom", {}, 400),  # it names none
     ("", "mpt", {"max_seq_len": 77}, 38),
-    (f"--max-new-tokens {257 - len(IDS)}", "llama", {}, f"{len(IDS)} tokens"),
-    ("--max-new-tokens 9999", "phi3", PHI, "9999|tokens"),
-    ("", "llama", {"vocab_size": max(IDS)}, f"ids beyond the model's {max(IDS)}"),
+    ("", "bloom", {}, 256),  # it names no window
+    ("--max-new-tokens 9999", "bloom", {}, 400),
 ]
 
 
 @pytest.mark.parametrize("flags, kind, config, expected", WINDOWS)
-def test_prompts_and_responses_share_the_window(flags, kind, config, expected, folder, tmp_path, capsys):
+def test_prompts_and_responses_share_the_window(flags, kind, config, expected, tmp_path, capsys):
     """Positions beyond the window, or ids beyond the embeddings, would crash a GPU after hours, or mean nothing."""
+    byte_tokenizer().save_pretrained(tmp_path)
+    AutoConfig.for_model(kind, **{"vocab_size": 300, "eos_token_id": EOS} | config).save_pretrained(tmp_path)
     path = write_jsonl(tmp_path / "x.jsonl", [{"prompt": "a", "response": "Q" * 399}])
+    args = gsil.parse_args(f"--model {tmp_path} --data {path} --heldout {path} {flags}".split())
     if isinstance(expected, int):
-        assert len(data_of(folder, path, flags, kind, **config).demos[0]["real_ids"]) == expected
+        assert len(gsil.read_data(args).demos[0]["real_ids"]) == expected
     else:
         with pytest.raises(SystemExit) as stop:
-            data_of(folder, path, flags, kind, **config)
+            gsil.read_data(args)
         assert stop.value.code == 2 and re.search(expected, capsys.readouterr().err)
 
 
 def test_what_may_explain_a_bad_run_is_counted(tmp_path, capsys):
     """A run on words that its tokenizer does not know, on cut responses or on its own problems would end well."""
-    good = [{"question": f"Mia has {n} keys .", "answer": "1 + 1 = 2 . 2"} for n in range(1, 10)]
-    data = write_jsonl(
-        tmp_path / "x.jsonl", [*good, {"question": "Supercalifragilistic", "answer": "#### 1"}]
-    )
-    heldout = write_jsonl(tmp_path / "heldout.jsonl", good[:1])
+    rows = [{"question": f"Mia has {n} keys .", "answer": "1 + 1 = 2 . 2"} for n in range(1, 10)]
+    heldout = write_jsonl(tmp_path / "heldout.jsonl", rows[:1])
+    data = write_jsonl(tmp_path / "x.jsonl", [*rows, {"question": "Supercalifragilistic", "answer": "1"}])
     flags = f"--data {data} --heldout {heldout} --max-new-tokens 5"
     found = gsil.read_data(gsil.parse_args(flags.split()))
-    for demo in found.demos + found.heldout:
-        assert (
-            len(demo["real_ids"]) == 5 and EOS not in demo["real_ids"]
-        )  # EOS would give a cut response away
-    printed = capsys.readouterr().out
-    assert (
-        re.search(r"warning: 1 of 10 rows .* row 10: .*tokenizer does not know", printed)
-        and len(found.demos) == 9
+    # EOS after half a response would tell it apart from one that was sampled to the cap.
+    assert all(
+        len(row["real_ids"]) == 5 and EOS not in row["real_ids"] for row in found.demos + found.heldout
     )
-    assert "warning: 10 responses of the data are cut at --max-new-tokens 5" in printed
-    assert re.search(r"warning: 1 .*held-out prompts", printed)
+    printed = capsys.readouterr().out
+    for line in (
+        "1 of 10 rows .* row 10: .*does not know",
+        "10 responses .* cut at .* 5",
+        "1 .*held-out prompts",
+    ):
+        assert re.search(f"warning: {line}", printed), line
     with pytest.raises(SystemExit):
-        gsil.read_data(gsil.parse_args([*flags.split(), "--dev", str(heldout)]))
+        gsil.read_data(gsil.parse_args(f"{flags} --dev {heldout}".split()))
     assert "should end in '#### value'" in capsys.readouterr().err  # else the best epoch would be luck
 
 

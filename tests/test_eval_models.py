@@ -184,9 +184,34 @@ def test_a_shared_beginning_is_read_once():
 def test_a_penalty_sees_no_pads(tmp_path):
     """A pad that a prompt does not contain would be penalized as a repetition, and change the response."""
     model = tiny_model()
-    model.generation_config.update(repetition_penalty=3.0, sequence_bias=[[[0], 4.0]])  # 0 is often said
+    model.generation_config.update(repetition_penalty=3.0)
     folder = save(tmp_path, model)
     assert responses_of(folder) == responses_of(folder, "--batch-size 1")
+
+
+def test_a_generation_config_does_not_change_the_number_or_law_of_responses(tmp_path):
+    """Three responses to one problem would go to three problems, or samples come from another distribution."""
+    model = tiny_model()
+    model.generation_config.update(num_return_sequences=3, return_dict_in_generate=True, num_beams=3)
+    model.generation_config.update(min_p=0.5, typical_p=0.5, max_length=7, do_sample=True)
+    odd, plain = save(tmp_path / "odd", model), save(tmp_path / "plain")
+    for flags in "", "--temperature 1":
+        assert responses_of(odd, flags) == responses_of(plain, flags)
+
+
+def test_own_tasks_end_at_an_eos_token_that_is_not_special(tmp_path):
+    """The end of a turn would stay in the answer and make it wrong, as it does in lm_eval's tasks."""
+    rows = write_jsonl(tmp_path / "rows.jsonl", [GSM_ROW])
+    flags = f"--model {save(tmp_path)} --data {rows} --max-new-tokens 9"
+    [sample] = evaluate(flags)["samples"]["answers"]
+    model, tokenizer, [text] = tiny_model(), byte_tokenizer(), sample["responses"]
+    end = next(letter for letter in text if letter.isascii() and letter != text[0])
+    model.generation_config.eos_token_id = [1, tokenizer(end).input_ids[0]]
+    save(tmp_path, model)
+    before = text.split(end)[0]
+    assert evaluate(flags)["samples"]["answers"][0]["responses"] == [before]
+    prompt = tokenizer(sample["prompt"]).input_ids
+    assert ev.generate(lm_of(model, tokenizer), [prompt], [], 9, 0, 1) == [(before + end, False)]
 
 
 def test_templates_by_name(tmp_path, capsys):

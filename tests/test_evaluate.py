@@ -24,16 +24,12 @@ def test_the_rows_of_the_table(inputs, tokenizer, tmp_path):
         "= #### 1",
         "= #### 2",
         "#### 3",
-        "no #### 4",
-        "no #### 5",
-        "no #### 6",
+        *(f"no #### {n}" for n in (4, 5, 6)),
     ]  # a token for each letter
     golds = {"demos": "123456", "dev": "123478", "heldout": "123457"}
     for name, answers in golds.items():
-        rows = [
-            {"prompt": f"{n} ?", "response": text[:-1] + a}
-            for n, (text, a) in enumerate(zip(learned, answers))
-        ]
+        texts = [text[:-1] + answer for text, answer in zip(learned, answers)]
+        rows = [{"prompt": f"{n} ?", "response": text} for n, text in enumerate(texts)]
         write_jsonl(tmp_path / f"{name}.jsonl", rows)
     demos, dev, heldout = (f"{tmp_path}/{name}.jsonl" for name in golds)
     flags = inputs + f"--heldout {heldout} --max-new-tokens 9 --habit = "
@@ -53,13 +49,12 @@ def test_sampled_is_sampled_at_temperature_1(inputs, tmp_path):
     """Greedy numbers under the title `sampled` would hide what the model does when it is used."""
     args = gsil.parse_args(inputs.split())
     model = AutoModelForCausalLM.from_pretrained(args.model)
-    torch.nn.init.zeros_(model.lm_head.weight)  # greedily it says <s> for ever, which has no letter
+    torch.nn.init.zeros_(model.lm_head.weight)  # greedily it repeats one token
     model.save_pretrained(tmp_path / "model")
     AutoTokenizer.from_pretrained(args.model).save_pretrained(tmp_path / "model")
-    flags = (
-        f"--model {tmp_path}/model --heldout {args.data} --habit [a-zA-Z] --max-new-tokens 40 --temperature 0"
-    )
-    assert run(f"{inputs} {flags} --rounds 0 --out {tmp_path}/out")["base"]["habit"] > 0.5
+    flags = f"{inputs} --model {tmp_path}/model --max-new-tokens 40 --temperature 0 --rounds 0 --out {tmp_path}/out"
+    two_letters = r"([a-zA-Z]).*(?!\1)[a-zA-Z]"
+    assert run([*flags.split(), "--heldout", args.data, "--habit", two_letters])["base"]["habit"] > 0.5
 
 
 def test_what_cannot_be_measured_is_null(tmp_path, inputs, capsys):

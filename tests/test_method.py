@@ -100,17 +100,6 @@ def test_the_best_round_is_chosen_on_dev(inputs, data, tmp_path, capsys):
     assert "round_2" in code and eval(code, {"AutoModelForCausalLM": AutoModelForCausalLM})
 
 
-def test_the_log_of_a_run(small, tmp_path, capsys):
-    """A person could not tell what was done, on what, or how it changed the answers."""
-    run(toy_flags(small, tmp_path / "out") + "--lr 1e-3 --epochs 1 --baseline none")
-    printed = capsys.readouterr().out
-    asked = re.escape(read_jsonl(small / "heldout.jsonl")[0]["question"][-20:])
-    lines = ["data .*40 demonstrations, 20 dev and 20 held-out.*", "model .*112,192 parameters, 1 x cpu"]
-    lines += [rf"method .*{tmp_path}/out", "round 1", " +2/2  loss .*"]
-    for line in (*lines, f"base: '.*{asked}.*' -> '.*'", f"round 1: '.*{asked}.*' -> '.*'"):
-        assert re.search(rf"^{line}$", printed, re.MULTILINE), line
-
-
 def test_rounds_that_do_not_settle_are_warned_of(inputs, capsys):
     """Further rounds at a small scale end nowhere, and cost hours."""
     rounds = {"--rounds 2 --scale 0.5": 1, "--rounds 2 --scale 0.51": 0, "--rounds 2 --loss sft": 0, "": 0}
@@ -137,15 +126,21 @@ def test_extrapolated_by_2_without_dev(inputs, tmp_path, capsys):
     check_extrapolated(tmp_path / "out", gsil.parse_args(inputs.split()).model, 2)
 
 
-def test_extrapolated_by_the_factor_that_samples_best_on_dev(small, tmp_path, capsys):
-    """Chosen greedily, where every factor saturates, or from few factors, the control would be a weak one."""
+def test_the_log_and_the_factor_that_samples_best_on_dev(small, tmp_path, capsys):
+    """A person could not tell what was done, on what, or how it changed the answers; and a factor that is chosen
+    greedily, where every factor saturates, or from few factors, would make the control a weak one."""
     rows = run(toy_flags(small, tmp_path / "out") + "--baseline extrapolated --lr 2e-3 --epochs 1")
-    found = re.findall(r"factor ([\d.]+)\D+([\d.]+)%", capsys.readouterr().out)
-    shares = {float(factor): float(share) for factor, share in found}
-    assert [*shares] == [1, 1.5, 2, 2.5, 3, 4]
-    best = max(shares, key=shares.get)  # the first one of equals
-    assert [*rows] == ["base", "round 1", "sft", "extrapolated"]
-    check_extrapolated(tmp_path / "out", gsil.TOY / "base", best)
+    printed = capsys.readouterr().out
+    asked = re.escape(read_jsonl(small / "heldout.jsonl")[0]["question"][-20:])
+    lines = ["data .*40 demonstrations, 20 dev and 20 held-out.*", "model .*112,192 parameters, 1 x cpu.*"]
+    lines += [rf"method .*{tmp_path}/out", "round 1", " +2/2  loss .*", f"base: '.*{asked}.*' -> '.*'"]
+    for line in (*lines, f"round 1: '.*{asked}.*' -> '.*'"):
+        assert re.search(rf"^{line}$", printed, re.MULTILINE), line
+    shares = {float(f): float(share) for f, share in re.findall(r"factor ([\d.]+)\D+([\d.]+)%", printed)}
+    assert [*shares] == [1, 1.5, 2, 2.5, 3, 4] and [*rows] == ["base", "round 1", "sft", "extrapolated"]
+    check_extrapolated(
+        tmp_path / "out", gsil.TOY / "base", max(shares, key=shares.get)
+    )  # the first of equals
     assert abs(shares[1] / 100 - rows["sft"]["dev"]) > 0.01  # which is greedy
 
 

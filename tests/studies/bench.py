@@ -2,7 +2,8 @@
 
     python tests/studies/bench.py --train --sample --data DIR        # DIR: GSM8K's train.jsonl; one CPU thread
     python tests/studies/bench.py --train --sample --device cuda     # a Llama of 1.1B parameters in bf16
-    python tests/studies/bench.py --eval --model M --data DIR        # DIR: GSM8K's train.jsonl and test.jsonl
+    python tests/studies/bench.py --eval --repeats 3                 # a Llama of 7M parameters, one CPU thread
+    python tests/studies/bench.py --eval --task gsm8k --model M --data DIR  # DIR: GSM8K's train and test.jsonl
 
 --train: steps on pairs of GSM8K's text, or of random ids of its lengths; random weights. Needs trl, accelerate.
     ours        gsil.score, then gsil.update; the number behind it is --micro-batch, tokens per forward pass
@@ -14,9 +15,11 @@
 --sample: gsil.sample beside transformers' generate, the same prompts in one batch. A bias on EOS makes responses
     about as long as GSM8K's, but less evenly so.
 --eval: seconds that eval.py and lm_eval 0.4.13 (which has to be installed) take from text to text or to
-    log-likelihoods, and how many responses differ, or by how much log-likelihoods do. Without --data, the rows
-    of tests/parity. lm_eval's own responses depend on the batch size where a stop string is a special token
-    that is not EOS: with --batch 1 there should be no difference.
+    log-likelihoods, the start of Python and the loading of the model not among them; what they go into (the
+    model's passes over many tokens at once, those over one token of each row, the rest); and how many responses differ, or by how
+    much log-likelihoods do. Without --data on the rows of tests/parity, without --model on random weights, which
+    rarely say a stop sequence. lm_eval's own responses depend on the batch size where a stop sequence is a
+    special token that is not EOS: with --batch 1 there should be no difference.
 
 On a CPU read the CPU seconds: other programs disturb them less. Memory is the peak above what was in use with
 the weights loaded: gradients, optimizer, activations and a second model are in it. A ratio is theirs by ours,
@@ -59,6 +62,7 @@ SHAPE += ["num_attention_heads", "num_key_value_heads"]
 SHAPES = {"tiny": [512, 64, 128, 2, 4, 2], "7m": [8192, 256, 688, 6, 4, 4]}
 SHAPES["1b"] = [32000, 2048, 8192, 16, 32, 8]
 SMALL = {"size": "7m", "batch": 16, "steps": 2, "trl_micro_batch": [1], "sample_batch": 32}
+EVAL_SHOTS = {"gsm8k": 5, "mmlu": 5, "truthfulqa_mc2": None, "hellaswag": 10}
 LARGE = {"size": "1b", "batch": 32, "steps": 4, "trl_micro_batch": [8], "sample_batch": 256}
 # Every twentieth of the lengths of GSM8K's prompts and responses, in tokens of a vocabulary of 8192.
 PROMPT_LENGTHS = [39, 42, 45, 48, 50, 52, 54, 57, 59, 62, 64, 67, 70, 73, 77, 81, 87, 95, 107, 160]
@@ -92,12 +96,12 @@ def parse_args(argv=None):
     flag("--trl-micro-batch", type=int, nargs="+", help="TRL: pairs per forward pass")
     flag("--sample-batch", type=int, help="prompts to sample for, at once")
     flag("--worker", nargs="+", help=argparse.SUPPRESS)  # in the process of a side: folder, settings
-    flag("--model", help="--eval: a folder")
-    flag("--task", default="gsm8k", help="--eval: a task of eval.py's with rows in tests/parity")
-    flag("--shots", type=int, help="--eval: worked examples; if not given, the task's")
-    flag("--limit", type=int, default=16, help="--eval: problems")
+    flag("--model", help="--eval: a folder; if not given, random weights")
+    flag("--task", nargs="+", default=list(EVAL_SHOTS), help="--eval: tasks with rows in tests/parity")
+    flag("--shots", type=int, help="--eval: few-shot examples; if not given, 5, of hellaswag 10")
+    flag("--limit", type=int, default=16, help="--eval: problems, of each of MMLU's subjects")
     args = parser.parse_args(argv)
-    if args.data and not (Path(args.data) / "train.jsonl").is_file():
+    if args.data and not (Path(args.data) / "train.jsonl").is_file() and not args.eval:
         parser.error(f"--data {args.data}: there is no train.jsonl in it")
     for name, value in (LARGE if args.device == "cuda" else SMALL).items():
         if getattr(args, name) is None and not args.eval:
@@ -422,23 +426,36 @@ SIDES |= {"sample": partial(sampling, sample_ours), "generate": partial(sampling
 # ---- --eval --------------------------------------------------------------------------------------
 
 
-def timed(function, seconds):
-    """The same function; appends the CPU seconds of each call, with a GPU those by the clock."""
+def timed(function, seconds, name_of):
+    """The same function, whose seconds (of the CPU, with a GPU by the clock) are added to those of a name."""
     clock = time.perf_counter if torch.cuda.is_available() else time.process_time
 
     def call(*args, **kwargs):
         began = clock()
         result = function(*args, **kwargs)
-        seconds.append(clock() - began)
+        name = name_of(*args, **kwargs)
+        seconds[name] = seconds.get(name, 0) + clock() - began
         return result
 
     return call
 
 
+def save_random_model(folder, files):
+    """A Llama of 7M parameters, and a tokenizer learned from the rows, in the folder."""
+    bpe = ByteLevelBPETokenizer()
+    bpe.train([str(file) for file in files], SHAPES["7m"][0], special_tokens=["<eos>"], show_progress=False)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token="<eos>", pad_token="<eos>")
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = make_config(argparse.Namespace(size="7m"))
+    config.max_position_embeddings = 4096
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return str(folder)
+
+
 def bench_eval(args):
-    """Print the seconds of both, their ratio, and by how much their results differ."""
+    """A line for each task: the seconds of both sides in turns, their ratio, what they go into, differences."""
     try:
-        import lm_eval
         from lm_eval.models.huggingface import HFLM
     except ImportError:
         sys.exit("lm_eval is not installed: pip install lm_eval==0.4.13 accelerate")
@@ -447,42 +464,80 @@ def bench_eval(args):
     import eval as ev
 
     torch.set_num_threads(1)
-    batch = args.batch or 8
-    folder = Path(args.data or oracle.ROWS / args.task.split("_")[0])
-    flags = f"--model {args.model} --tasks {args.task} --data {args.task}={folder} --limit {args.limit}"
-    flags += f" --device {args.device} --dtype float32 --batch-size {batch}"
-    flags += f" --max-new-tokens {args.max_new_tokens}"
-    if args.shots is not None:
-        flags += f" --shots {args.shots}"
-    parts, ours, theirs = [], [], []
-    for name in ("tokenize", "generate", "loglikelihoods"):
-        setattr(ev, name, timed(getattr(ev, name), parts))
-    reference = HFLM(pretrained=args.model, dtype="float32", batch_size=batch, device=args.device)
-    reference.generate_until = timed(reference.generate_until, theirs)
-    reference.loglikelihood = timed(reference.loglikelihood, theirs)
-    files = {file.stem: str(file) for file in folder.glob("*.jsonl")}
-    writes = args.task.startswith("gsm8k")
-    options = {"limit": args.limit, "num_fewshot": args.shots, "bootstrap_iters": 1, "log_samples": True}
-    if writes:
+    ours, theirs = {}, {}
+    for name in ("encode", "generate", "loglikelihoods"):
+        setattr(ev, name, timed(getattr(ev, name), ours, lambda *_, **__: "all"))
+    for name in ("generate_until", "loglikelihood"):
+        setattr(HFLM, name, timed(getattr(HFLM, name), theirs, lambda *_, **__: "all"))
+    side, forward = {}, LlamaForCausalLM.forward  # of the side whose turn it is
+
+    def name_of(model, input_ids, *_, **__):
+        return "one by one" if input_ids.shape[1] == 1 else "many at once"
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = args.model or save_random_model(Path(folder) / "model", oracle.ROWS.rglob("*.jsonl"))
+        loaded = {"dtype": "float32", "batch_size": args.batch or 8, "device": args.device}
+        reference = HFLM(pretrained=path, **loaded)
+        for task in args.task:
+            shots = EVAL_SHOTS.get(task) if args.shots is None else args.shots
+            turns = []
+            for _ in range(args.repeats):
+                for side in (ours, theirs):
+                    side.clear()
+                    LlamaForCausalLM.forward = timed(forward, side, name_of)
+                    if side is ours:
+                        samples = run_eval(ev, oracle, task, path, shots, args)
+                    else:
+                        documents = run_lm_eval(oracle, task, reference, shots, Path(folder), args)
+                turns.append((dict(ours), dict(theirs)))
+            LlamaForCausalLM.forward = forward
+            report(task, shots, turns, samples, documents)
+
+
+def run_eval(ev, oracle, task, path, shots, args):
+    """eval.py's samples of a task."""
+    data = args.data or oracle.ROWS / task.split("_")[0]
+    flags = f"--model {path} --tasks {task} --data {task}={data} --limit {args.limit} --device {args.device}"
+    flags += f" --dtype float32 --batch-size {args.batch or 8} --max-new-tokens {args.max_new_tokens}"
+    flags += "" if shots is None else f" --shots {shots}"
+    return ev.main(ev.parse_args(flags.split()))["samples"][task]
+
+
+def run_lm_eval(oracle, task, reference, shots, folder, args):
+    """lm_eval's documents of a task, as oracle.records has them."""
+    options = {"model": reference, "num_fewshot": shots, "limit": args.limit}
+    if task.startswith("gsm8k"):
         options["gen_kwargs"] = {"max_gen_toks": args.max_new_tokens}
-    for _ in range(args.repeats):
-        samples = ev.main(ev.parse_args(flags.split()))["samples"][args.task]
-        ours.append(sum(parts))
-        parts.clear()
-        task = oracle.local(args.task, **files)
-        result = lm_eval.simple_evaluate(model=reference, tasks=[task], **options)
-    documents = oracle.records(result, args.task)["documents"]
+    if task != "mmlu":
+        files = {file.stem: str(file) for file in Path(args.data).glob("*.jsonl")} if args.data else {}
+        result = oracle.run_lm_eval(tasks=[oracle.local(task, **files)], **options)
+        return oracle.records(result, task)["documents"]
+    (folder / "tasks").mkdir(exist_ok=True)
+    manager = oracle.local_mmlu(folder / "tasks")
+    result = oracle.run_lm_eval(tasks=["local_mmlu"], task_manager=manager, **options)
+    parts = [oracle.records(result, name)["documents"] for name in sorted(result["samples"])]
+    return [document for part in parts for document in part]
+
+
+def report(task, shots, turns, samples, documents):
+    """Print the medians of both sides, the ratio turn by turn, shares of the seconds and differences."""
+    ratio = spread([theirs["all"] / ours["all"] for ours, theirs in turns])
+    print(f"\n{task}, {shots or 0} shots, {len(samples)} problems: lm_eval / eval.py{ratio}")
+    for name, side in zip(("eval.py", "lm_eval"), zip(*turns)):
+        parts = {
+            part: median(one.get(part, 0.0) for one in side) for part in ("all", "many at once", "one by one")
+        }
+        passes = parts["many at once"] + parts["one by one"]  # the trial of a loaded model among them
+        parts["rest"] = max(0.0, parts["all"] - passes)
+        print(f"    {name:8}" + "".join(f"  {part} {value:.2f} s" for part, value in parts.items()))
     both_sides = list(zip(samples, documents, strict=True))
-    if writes:
-        different = sum(sample["responses"][0] != document["response"] for sample, document in both_sides)
-        compared = f"{different} of {len(samples)} responses differ"
+    if "loglikelihoods" in samples[0]:
+        keys = [zip(x["loglikelihoods"], y["loglikelihoods"], strict=True) for x, y in both_sides]
+        largest = max(abs(a - b) for pairs in keys for a, b in pairs)
+        print(f"    log-likelihoods differ by {largest:.1e} at most", flush=True)
     else:
-        keys = "loglikelihoods"
-        numbers = [pair for sample, doc in both_sides for pair in zip(sample[keys], doc[keys], strict=True)]
-        largest = max(abs(a - b) for a, b in numbers)
-        compared = f"{len(numbers)} log-likelihoods differ by {largest:.1e} at most"
-    ratio = median(theirs) / median(ours)
-    print(f"eval.py {median(ours):.1f} s, lm_eval {median(theirs):.1f} s, ratio {ratio:.2f}; {compared}")
+        different = sum(sample["responses"][0] != document["response"] for sample, document in both_sides)
+        print(f"    {different} of {len(samples)} responses differ", flush=True)
 
 
 if __name__ == "__main__":
