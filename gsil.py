@@ -41,15 +41,12 @@ import pyarrow.parquet
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+import transformers
 from jinja2 import TemplateError
 from safetensors import SafetensorError
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, get_scheduler
-from transformers.distributed import DistributedConfig
 from transformers.utils import logging as hf_logging
 from transformers.utils.peft_utils import find_adapter_config_file
 
@@ -126,6 +123,8 @@ def parse_args(argv=None):
             option = f"--{name.replace('_', '-')}"
             if value != saved[name] and option not in RESUMABLE:
                 parser.error(f"{option} {value}: the run to resume has {saved[name]}, which stays")
+        if args.rounds > saved["rounds"] and Path(args.resume, "sft").exists():
+            print("warning: sft is finished, with the epochs of fewer rounds")
     if args.data == f"{TOY}/demos.jsonl":
         args.dev, args.heldout = args.dev or f"{TOY}/dev.jsonl", args.heldout or f"{TOY}/heldout.jsonl"
         args.habit = args.habit or "="  # the response shows its working: 7 + 4 = 11 . #### 11
@@ -174,7 +173,7 @@ def gather(value=None):
 def reshard(model):
     """FSDP: drop the weights that forward passes have gathered from the other processes."""
     for module in model.modules():
-        if isinstance(module, FSDPModule):
+        if hasattr(module, "reshard"):
             module.reshard()
 
 
@@ -357,7 +356,7 @@ def update(model, optimizer, batch, loss_of, args):
             sums[name] = sums.get(name, 0.0) + counts * values.sum().item()
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            if WORLD > 1 and not isinstance(parameter, DTensor):  # a learned shift is not sharded
+            if WORLD > 1 and not hasattr(parameter, "full_tensor"):  # a shift, which is not sharded
                 if parameter.grad is None:  # nothing went through it
                     parameter.grad = torch.zeros_like(parameter)
                 dist.all_reduce(parameter.grad)
@@ -366,7 +365,7 @@ def update(model, optimizer, batch, loss_of, args):
     means = {name: sum(share[name] for share in shares) / len(batch) for name in sums}
     weights = optimizer.param_groups[0]["params"]  # without the shift
     norm = torch.nn.utils.clip_grad_norm_(weights, args.clip)
-    means["grad_norm"] = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+    means["grad_norm"] = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
     if not math.isfinite(means["loss"] + means["grad_norm"]):  # this step would ruin the weights
         die(f"loss {means['loss']}, gradient norm {means['grad_norm']}: try a lower learning rate")
     optimizer.step()
@@ -381,7 +380,7 @@ def make_optimizer(model, lr, steps, args, learned=()):
         groups.append({"params": learned, "lr": args.shift_lr, "eps": 1e-4})
     optimizer_class = torch.optim.AdamW if args.optimizer == "adamw" else torch.optim.RMSprop
     optimizer = optimizer_class(groups, lr=lr, weight_decay=0)
-    return optimizer, get_scheduler("linear", optimizer, args.warmup, steps)
+    return optimizer, transformers.get_scheduler("linear", optimizer, args.warmup, steps)
 
 
 def train(model, rows, loss_of, epochs, folder, data, args, learned=()):
@@ -581,6 +580,7 @@ def read_rows(path, split):
             array = text.lstrip().startswith("[")  # else every line is a row; a text may hold U+2028
             rows = json.loads(text) if array else text.split("\n")
         elif suffix == ".csv":  # not pandas, which would turn NA into a missing value and 007 into 7
+            csv.field_size_limit(2**31 - 1)  # characters in a cell; the default is 131,072
             with open(path, encoding="utf-8-sig", newline="") as file:
                 rows = list(csv.DictReader(file, strict=True))
         elif suffix == ".parquet":
@@ -620,12 +620,12 @@ def to_turns(turns, role):
         role = str(turn.get("role") or turn["from"]).strip().lower()
         content = turn.get("value") if turn.get("content") is None else turn["content"]
         used = ("role", "from", "content", "value")
-        others = {key: turn[key] for key in turn if key not in used and turn[key] not in (None, "", [])}
+        others = {key: turn[key] for key in turn if key not in used and turn[key] not in (None, "", [], "[]")}
         parts = content if isinstance(content, list) else [None]
         if all(isinstance(part, dict) and part.get("type") == "text" for part in parts):
             content = "".join(str(part.get("text") or "") for part in parts)
-        # Another key may be an id or a weight. But a list or several words are said, or shown.
-        more = [key for key in others if isinstance(others[key], list) or " " in str(others[key])]
+        # Numbers may be ids or weights. Another text is a thought or a channel, a list a call or a picture.
+        more = [key for key in others if key != "name" and not isinstance(others[key], (int, float))]
         if more or isinstance(content, list) or "<image>" in str(content):
             raise NoDemonstration(f"a turn has more than a role and a text: {turn!r:.80}")
         if role not in ROLES:
@@ -648,7 +648,7 @@ def to_messages(row):
         accepted = ", ".join("+".join(filter(None, pair)) for pair in COLUMNS)
         raise ValueError(f"the columns are {[*filled]}; accepted, in lower case, are {accepted}")
     prompt, turns, used = row.get(before), row[after], {before, after} - {None}
-    if before == "instruction" and row.get("input"):
+    if before == "instruction" and isinstance(filled.get("input"), str):
         prompt, used = f"{prompt}\n\n{row['input']}", used | {"input"}
     if isinstance(turns, str) and not before:  # Anthropic's HH: "\n\nHuman: ...\n\nAssistant: ..."
         start, *parts = re.split(r"\n\n(Human|Assistant):", turns)
@@ -661,6 +661,8 @@ def to_messages(row):
         raise ValueError(f"{after!r} has no turns")
     if before and messages[0]["role"] == "assistant":  # else the conversation has the prompt in it
         messages = to_turns(prompt, "user")[0] + messages
+    elif isinstance(prompt, str) and not any(prompt.strip() in turn["content"] for turn in messages):
+        raise ValueError(f"{before!r} is not in the conversation of {after!r}")
     for column in filled:
         if (
             re.fullmatch("system.?(prompt|message)?", column, re.IGNORECASE)
@@ -743,7 +745,7 @@ def find_eos_ids(path, config, tokenizer):
     """Where a response ends: the EOS ids of tokenizer, model config and generation config."""
     configs = [config, config.get_text_config()]
     with suppress(OSError):
-        configs.append(GenerationConfig.from_pretrained(path))
+        configs.append(transformers.GenerationConfig.from_pretrained(path))
     ids = [tokenizer.eos_token_id]
     for listed in (getattr(one, "eos_token_id", None) for one in configs):  # an id, ids or None
         ids += listed if isinstance(listed, list) else [listed]
@@ -752,7 +754,7 @@ def find_eos_ids(path, config, tokenizer):
 
 def load_tokenizer(path, prompt_template):
     """A tokenizer with an EOS token and a chat template, which may be made of --prompt-template."""
-    tokenizer = load(AutoTokenizer, path, "tokenizer")
+    tokenizer = load(transformers.AutoTokenizer, path, "tokenizer")
     if prompt_template:  # becomes a chat template, so that it is saved with the model
         text = prompt_template.replace("\\n", "\n").replace("\\t", "\t")
         if tokenizer.bos_token and tokenizer("a").input_ids[0] == tokenizer.bos_token_id:
@@ -773,7 +775,7 @@ def read_data(args):
     """The tokenizer, and the rows that it encodes."""
     hf_logging.disable_progress_bar()
     config, tokenizer = (
-        load(AutoConfig, args.model, "config"),
+        load(transformers.AutoConfig, args.model, "config"),
         load_tokenizer(args.model, args.prompt_template),
     )
     if getattr(config, "quantization_config", None):
@@ -786,6 +788,8 @@ def read_data(args):
         window = rope["original_max_position_embeddings"]
     max_new_tokens = args.max_new_tokens or min(256, window // 2)
     room = window - max_new_tokens  # for the prompt
+    if room < 1:
+        die(f"--max-new-tokens {max_new_tokens}: the model's window has only {window} tokens")
     encode_row = partial(encode, tokenizer=tokenizer, eos_ids=eos_ids, room=room)
     paths = (args.data, args.dev, args.heldout)
     demos, dev, heldout = [read_demos(path, args.split, encode_row) if path else [] for path in paths]
@@ -896,18 +900,20 @@ def load(auto_class, path, what, **options):
 
 def load_model(path, args):
     """A language model with fp32 weights, in evaluation mode: dropout would spoil the log-ratios."""
-    gc.collect()  # sharded or recomputed layers refer to themselves, so `del` alone frees no memory
-    sharding = DistributedConfig(fsdp_size=WORLD)  # each process has a part of every weight (FSDP2)
+    if args.device != "cpu":  # sharded or recomputed layers refer to themselves, so `del` frees nothing
+        gc.collect()
+    # FSDP2: each process has a part of every weight
+    sharding = transformers.distributed.DistributedConfig(fsdp_size=WORLD)
     options = {"dtype": torch.float32, "distributed_config": sharding, "ignore_mismatched_sizes": True}
     options["output_loading_info"] = True
-    model, info = load(AutoModelForCausalLM, path, "causal language model", **options)
+    model, info = load(transformers.AutoModelForCausalLM, path, "causal language model", **options)
     if wrong := info["missing_keys"] | info["mismatched_keys"] | info["unexpected_keys"]:
         wrong = ", ".join(sorted(map(str, wrong)))
         die(f"{path}: missing or unused weights, or other sizes than the config's: {wrong:.200}")
     if WORLD > 1:
         model.set_reshard_after_forward(False)  # see sample
     if args.checkpoint_activations:  # transformers' own switch does nothing in evaluation mode
-        modules = model.get_decoder().modules()
+        modules = [*model.get_decoder().modules(), *model.modules()]
         for layer in next(module for module in modules if isinstance(module, torch.nn.ModuleList)):
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
     return model.eval().to(args.device)

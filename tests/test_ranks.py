@@ -25,7 +25,7 @@ def measured(folder):
         pair["real_reference"] += n % 3 - 0.75
         pair["generated_reference"] += 0.5
     texts = [(pair["prompt_ids"], pair["real_ids"]) for pair in pairs]
-    found = {"sharded": {isinstance(weight, gsil.DTensor) for weight in model.parameters()}}
+    found = {"sharded": {hasattr(weight, "full_tensor") for weight in model.parameters()}}
     found["samples"] = [gsil.sample(model, prompts, {1}, 8, 1, 1, "a") for prompts in (PROMPTS, PROMPTS[:1])]
     found["scores"] = [value for part in (texts, texts[:1]) for value in gsil.score(model, part, 50)]
     shift, unused = torch.tensor(0.5, requires_grad=True), torch.zeros(1, requires_grad=True)
