@@ -38,6 +38,7 @@ import random
 import re
 import sys
 import time
+import traceback
 from collections import namedtuple
 from contextlib import suppress
 from functools import partial
@@ -208,17 +209,14 @@ def reshard(model):
             module.reshard()
 
 
-def first_to_fail():
-    """Is this the first process that fails? The others fail with it, but have nothing to add."""
-    if WORLD == 1:
-        return True
-    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    return dist.TCPStore(*address).add("failures", 1) == 1  # torchrun's, which is there from the start
-
-
 def die(sentence):
-    """Report a user's mistake in one sentence, and exit with code 2."""
-    if first_to_fail():
+    """Report a user's mistake in one sentence, and exit with code 2. Only the first process to fail
+    reports it: the others fail with it, but have nothing to add."""
+    failures = 1
+    if WORLD > 1:  # torchrun's store exists from the start
+        address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        failures = dist.TCPStore(*address).add("failures", 1)
+    if failures == 1:
         print(f"error: {sentence}", file=sys.stderr)
     sys.exit(2)
 
@@ -341,18 +339,15 @@ def sft_loss(model, demos, mean_length):
 
 
 # ---- 4. Train -----------------------------------------------------------------------------
-def padded_tokens(row):
-    """Tokens of a row in a forward pass: one text, or two that are padded to the longer one."""
-    sides = [row[key] for key in ("real_ids", "generated_ids") if key in row]
-    return len(sides) * (len(row["prompt_ids"]) + max(map(len, sides)))
-
-
 def update(model, optimizer, batch, loss_of, args):
     """One optimizer step on the mean loss of a batch. Returns the mean of every metric.
     loss_of(model, rows) -> losses (B,), {metric: (B,)}. Each process takes a share of the batch, in
     micro-batches of similar length, whose gradients add up to that of the whole batch."""
-    share, sums = batch[RANK::WORLD], {}
-    parts = batches([padded_tokens(row) for row in share], max_tokens=args.micro_batch)
+    share, sums, lengths = batch[RANK::WORLD], {}, []
+    for row in share:  # its tokens in a forward pass: one text, or two that are padded to the longer one
+        sides = [len(row[key]) for key in ("real_ids", "generated_ids") if key in row]
+        lengths.append(len(sides) * (len(row["prompt_ids"]) + max(sides)))
+    parts = batches(lengths, max_tokens=args.micro_batch)
     for n in range(max(gather(len(parts)))):
         counts = n < len(parts)  # else a dummy: FSDP wants a backward pass of every process
         rows = [share[i] for i in parts[n]] if counts else batch[:1]
@@ -771,7 +766,8 @@ COLUMNS += [("question", "answer"), ("instruction", "output"), (None, "real"), (
 COLUMNS += [(None, "conversations")]
 ROLES = {"user": "user", "human": "user", "prompter": "user", "system": "system"}
 ROLES |= dict.fromkeys(["assistant", "gpt", "bot", "model", "chatbot"], "assistant")
-# Names and values by which another column, or another key of a turn, tells that its row is no demonstration.
+EMPTY = (None, "", [], "[]")  # values of a column or key that is not filled
+# How another column, or another key of a turn, tells by its name and value that a row is none to imitate
 GOOD = r"(is_|was_)?(label|desir\w*|accept\w*|approv\w*|good|correct|valid|keep|train|weight|pass\w*)"
 BAD = r"(is_|was_)?(reject\w*|bad|wrong|incorrect|invalid|undesir\w*|toxic|harmful|flagged|spam)"
 NO = r"false|no|0|0?\.0+|-.+|bad|neg\w*|reject\w*|undesir\w*|wrong|incorrect|fail\w*|dislike\w*"
@@ -820,7 +816,7 @@ def to_messages(row):
     Raises NoDemonstration or another ValueError with the reason if that is not possible."""
     if not isinstance(row, dict) or None in row:
         raise ValueError(f"a row should have a value for each column, not {row!r:.80}")
-    filled = {column: value for column, value in row.items() if value not in (None, "", [], "[]")}
+    filled = {column: value for column, value in row.items() if value not in EMPTY}
     before, after = next((pair for pair in COLUMNS if {*pair} <= {None, *filled}), (None, None))
     if not after:
         accepted = ", ".join("+".join(filter(None, pair)) for pair in COLUMNS)
@@ -842,29 +838,23 @@ def to_messages(row):
     elif isinstance(prompt, str) and not any(prompt.strip() in turn["content"] for turn in messages):
         raise ValueError(f"{before!r} is not in the conversation of {after!r}")
     for column in filled:
-        if (
-            re.fullmatch("system.?(prompt|message)?", column, re.IGNORECASE)
-            and messages[0]["role"] != "system"
-        ):
+        system = re.fullmatch("system.?(prompt|message)?", column, re.IGNORECASE)
+        if system and messages[0]["role"] != "system":
             messages, used = to_turns(row[column], "system")[0] + messages, used | {column}
-    for name, value in (filled | others).items():
-        if name not in used:
-            check_unused(name, value)
+    # Another column, or another key of the last turn, may say that the row is no demonstration.
+    rest = {name: value for name, value in (filled | others).items() if name not in used}
+    for name, value in rest.items():
+        name, text = name.lower(), str(value).strip().lower()
+        if re.search(MORE, name) or re.fullmatch(FILE, text, re.DOTALL):
+            raise NoDemonstration(f"{name!r} holds more than the text of a response")
+        good, bad = re.fullmatch(GOOD, name), re.fullmatch(BAD, name)
+        if (good and re.fullmatch(NO, text)) or (bad and text in ("true", "yes", "1")):
+            raise NoDemonstration(f"{name!r} is {value!r}, which marks it as bad")
     while messages and messages[-1]["role"] != "assistant":
         messages.pop()
     if len(messages) < 2:
         raise ValueError(f"{after!r} has no prompt with a response")
     return messages, used
-
-
-def check_unused(name, value):
-    """Raise NoDemonstration if a column or a key that is not used says that its row is none."""
-    name, text = name.lower(), str(value).strip().lower()
-    if re.search(MORE, name) or re.fullmatch(FILE, text, re.DOTALL):
-        raise NoDemonstration(f"{name!r} holds more than the text of a response")
-    good, bad = re.fullmatch(GOOD, name), re.fullmatch(BAD, name)
-    if (good and re.fullmatch(NO, text)) or (bad and text in ("true", "yes", "1")):
-        raise NoDemonstration(f"{name!r} is {value!r}, which marks it as bad")
 
 
 def to_turns(turns, role):
@@ -877,7 +867,7 @@ def to_turns(turns, role):
         role = str(turn.get("role") or turn["from"]).strip().lower()
         content = turn.get("value") if turn.get("content") is None else turn["content"]
         used = ("role", "from", "content", "value")
-        others = {key: turn[key] for key in turn if key not in used and turn[key] not in (None, "", [], "[]")}
+        others = {key: turn[key] for key in turn if key not in used and turn[key] not in EMPTY}
         parts = content if isinstance(content, list) else [None]
         if all(isinstance(part, dict) and part.get("type") == "text" for part in parts):
             content = "".join(str(part.get("text") or "") for part in parts)
@@ -886,7 +876,7 @@ def to_turns(turns, role):
         if more or isinstance(content, list) or "<image>" in str(content):
             raise NoDemonstration(f"a turn has more than a role and a text: {turn!r:.80}")
         if role not in ROLES:
-            raise NoDemonstration(f"a turn is neither user's nor assistant's nor system's, but {role!r}")
+            raise NoDemonstration(f"a turn's role is {role!r}")
         if not isinstance(content, str) or (role != "system" and not content.strip()):
             raise ValueError(f"a turn is empty: {turn!r:.80}")
         content.encode()  # half an emoji raises a ValueError
@@ -933,42 +923,35 @@ def read_demos(path, split, encode_row):
     demos, left_out, broken, used, columns, changed = [], [], [], set(), set(), 0
     for place, row in read_rows(path, split):
         try:
-            demo = encode_row(row)
-            used |= demo.pop("columns")
+            demos.append(encode_row(row))
+            used |= demos[-1].pop("columns")
+            changed += demos[-1].pop("changed")
             columns |= {*row}
-            changed += demo.pop("changed", False)
-            demos.append(demo)
         except NoDemonstration as error:
             left_out.append(f"{place}: {error}")
         except (ValueError, TemplateError) as error:
             broken.append(f"{place}: {error}")
-    n, unusable = len(demos) + len(left_out) + len(broken), broken + left_out
-    unusable += [f"{path}: no rows"] * (n == 0)
-    report = f"{len(left_out) + len(broken)} of {n} rows are left out, such as {' '.join(unusable[:1])}"
-    if not demos or len(broken) > n / 10:
-        die(report)
+    unusable, n = broken + left_out, len(demos) + len(broken) + len(left_out)
+    if n == 0:
+        die(f"{path}: no rows")
+    if unusable:
+        report = f"{len(unusable)} of {n} rows are left out, such as {unusable[0]}"
+        if not demos or len(broken) > n / 10:
+            die(report)
+        print(f"warning: {report}")
     others = ", ".join(sorted(columns - used)) or "none"
     print(f"data    {path}: columns {', '.join(sorted(used))}; not used: {others}")
-    if unusable:
-        print(f"warning: {report}")
     if changed:
         print(f"warning: the tokenizer changes the text of {changed} of {n} rows, as to case or blanks")
     return demos
 
 
-def find_eos_ids(path, config, tokenizer):
-    """Where a response ends: the EOS ids of tokenizer, model config and generation config."""
-    configs = [config, config.get_text_config()]
-    with suppress(OSError):
-        configs.append(transformers.GenerationConfig.from_pretrained(path))
-    ids = [tokenizer.eos_token_id]
-    for listed in (getattr(one, "eos_token_id", None) for one in configs):  # an id, ids or None
-        ids += listed if isinstance(listed, list) else [listed]
-    return {*ids} - {None}
-
-
 def load_tokenizer(path, prompt_template):
-    """A tokenizer with an EOS token and a chat template, which may be made of --prompt-template."""
+    """The config of a model's text part, its tokenizer with a chat template, which may be made of
+    --prompt-template, and the ids that end a response."""
+    config = load(transformers.AutoConfig, path, "config")
+    if getattr(config, "quantization_config", None):
+        die(f"{path} has quantized weights, which cannot be trained: name its full weights")
     tokenizer = load(transformers.AutoTokenizer, path, "tokenizer")
     if prompt_template:  # becomes a chat template, so that it is saved with the model
         text = prompt_template.replace("\\n", "\n").replace("\\t", "\t")
@@ -983,19 +966,20 @@ def load_tokenizer(path, prompt_template):
         die(f"{path}: its tokenizer has no EOS token, so no response could end")
     if not tokenizer.chat_template:
         die(f"{path}: its tokenizer has no chat template; give a --prompt-template")
-    return tokenizer
+    sources = [tokenizer, config, config.get_text_config()]
+    with suppress(OSError):
+        sources.append(transformers.GenerationConfig.from_pretrained(path))
+    eos_ids = set()
+    for source in sources:
+        listed = getattr(source, "eos_token_id", None)  # an id, ids or None
+        eos_ids |= {*listed} if isinstance(listed, list) else {listed}
+    return config.get_text_config(), tokenizer, eos_ids - {None}
 
 
 def read_data(args):
     """The tokenizer, and the rows that it encodes."""
     hf_logging.disable_progress_bar()
-    config, tokenizer = (
-        load(transformers.AutoConfig, args.model, "config"),
-        load_tokenizer(args.model, args.prompt_template),
-    )
-    if getattr(config, "quantization_config", None):
-        die(f"{args.model} has quantized weights, which cannot be trained: name its full weights")
-    eos_ids, config = find_eos_ids(args.model, config, tokenizer), config.get_text_config()
+    config, tokenizer, eos_ids = load_tokenizer(args.model, args.prompt_template)
     names = ("max_position_embeddings", "max_seq_len")  # the latter is mpt's
     window = min(getattr(config, name, None) or math.inf for name in names)
     rope = getattr(config, "rope_parameters", None) or {}
@@ -1188,9 +1172,7 @@ def try_model(model, demos):
     reshard(model)
     gap = max(gap.abs().max().item() for gap in gaps)
     if not gap < 1e-3:
-        die(
-            f"cannot use {model.config.model_type}: padding or its cache moves log-probabilities by {gap:.2g}"
-        )
+        die(f"cannot use {model.config.model_type}: padding or cache move log-probabilities by {gap:.2g}")
 
 
 def load_reward(path, data, args):
@@ -1273,9 +1255,7 @@ if __name__ == "__main__":
         main(parse_args())
     except (KeyboardInterrupt, OSError, SafetensorError, torch.OutOfMemoryError) as error:
         die((str(error) or "stopped") + "".join(f"; to continue: --resume {out}" for out in TAKEN))
-    except Exception:
-        if first_to_fail():
-            raise
-        sys.exit(2)  # the others fail when they lose the first, which has said why
+    except Exception:  # noqa: BLE001 (a fault of the code, not of a user)
+        die(traceback.format_exc())
     if WORLD > 1:
         dist.destroy_process_group()
