@@ -537,9 +537,8 @@ def main(args):
 # ---- 6. Data: rows of any usual format -> token ids ---------------------------------------
 # Columns of prompt and response; the first pair whose columns a row has filled is used. Without a
 # prompt column the other one holds a conversation, and its last assistant turn is the response.
-COLUMNS = [("prompt", "chosen"), (None, "chosen"), ("prompt", "response"), ("prompt", "completion")]
-COLUMNS += [("question", "answer"), ("instruction", "output"), (None, "real"), (None, "messages")]
-COLUMNS += [(None, "conversations")]
+COLUMNS = ["prompt+chosen", "chosen", "prompt+response", "prompt+completion", "question+answer"]
+COLUMNS += ["instruction+output", "real", "messages", "conversations"]
 ROLES = {"user": "user", "human": "user", "prompter": "user", "system": "system"}
 ROLES |= dict.fromkeys(["assistant", "gpt", "bot", "model", "chatbot"], "assistant")
 EMPTY = (None, "", [], "[]")  # values of a column or key that is not filled
@@ -620,11 +619,11 @@ def to_messages(row):
     if not isinstance(row, dict) or None in row:
         raise ValueError(f"a row should have a value for each column, not {row!r:.80}")
     filled = {column: value for column, value in row.items() if value not in EMPTY}
-    before, after = next((pair for pair in COLUMNS if {*pair} <= {None, *filled}), (None, None))
-    if not after:
-        accepted = ", ".join("+".join(filter(None, pair)) for pair in COLUMNS)
-        raise ValueError(f"the columns are {[*filled]}; accepted, in lower case, are {accepted}")
-    prompt, turns, used = row.get(before), row[after], {before, after} - {None}
+    found = [pair for pair in COLUMNS if {*pair.split("+")} <= filled.keys()]
+    if not found:
+        raise ValueError(f"the columns are {[*filled]}; accepted, in lower case, are {', '.join(COLUMNS)}")
+    before, _, after = found[0].rpartition("+")
+    prompt, turns, used = row.get(before), row[after], {*found[0].split("+")}
     if before == "instruction" and isinstance(filled.get("input"), str):
         prompt, used = f"{prompt}\n\n{row['input']}", used | {"input"}
     if isinstance(turns, str) and not before:  # Anthropic's HH: "\n\nHuman: ...\n\nAssistant: ..."
@@ -853,8 +852,7 @@ def print_table(table, out):
     if len(table) > 1:
         rounds = [name for name in table if name.startswith("round")] or ["sft"]
         best = max(reversed(rounds), key=lambda name: table[name]["dev"] or 0)
-        folder = out / best.replace(" ", "_")
-        print(f"\nto load {best}: AutoModelForCausalLM.from_pretrained('{folder}')")
+        print(f"\nto load {best}: AutoModelForCausalLM.from_pretrained('{out / best.replace(' ', '_')}')")
 
 
 # ---- 8. Models and files ------------------------------------------------------------------
@@ -877,10 +875,9 @@ def load_model(path, args):
     """A language model with fp32 weights, in evaluation mode: dropout would spoil the log-ratios."""
     if args.device != "cpu":  # sharded or recomputed layers refer to themselves, so `del` frees nothing
         gc.collect()
+    options = {"dtype": torch.float32, "ignore_mismatched_sizes": True, "output_loading_info": True}
     # FSDP2: each process has a part of every weight
-    sharding = transformers.distributed.DistributedConfig(fsdp_size=WORLD)
-    options = {"dtype": torch.float32, "distributed_config": sharding, "ignore_mismatched_sizes": True}
-    options["output_loading_info"] = True
+    options["distributed_config"] = transformers.distributed.DistributedConfig(fsdp_size=WORLD)
     model, info = load(transformers.AutoModelForCausalLM, path, "causal language model", **options)
     if wrong := info["missing_keys"] | info["mismatched_keys"] | info["unexpected_keys"]:
         wrong = ", ".join(sorted(map(str, wrong)))
@@ -901,8 +898,7 @@ def try_model(model, demos):
     ids = (8 * (demos[0]["prompt_ids"] + demos[0]["real_ids"]))[:8]
     texts, to_batch = [ids, ids[3:]], partial(pad, device=model.device)
     try:
-        alone = [model(input_ids=to_batch([text], "right")).logits[0] for text in texts]  # (T, V) each
-        alone = [logits.log_softmax(-1) for logits in alone]
+        alone = [model(input_ids=to_batch([text], "right")).logits[0].log_softmax(-1) for text in texts]
         padded = model(input_ids=to_batch(texts, "right"), use_cache=False).logits.log_softmax(-1)
         gaps = [padded[row, : len(alone[row])] - alone[row] for row in (0, 1)]
         new, cache = to_batch([text[:-2] for text in texts], "left"), None

@@ -450,8 +450,7 @@ def reward_loss(model, pairs, loss, penalty):
     none, as they are about the whole reward."""
     real = [(pair["prompt_ids"], pair["real_ids"]) for pair in pairs]
     generated = [(pair["prompt_ids"], pair["generated_ids"]) for pair in pairs]
-    before = [pair.get("real_before", 0.0) for pair in pairs]
-    before += [pair.get("generated_before", 0.0) for pair in pairs]
+    before = [pair.get(f"{side}_before", 0.0) for side in ("real", "generated") for pair in pairs]
     rewards = reward(model, real + generated)  # (2B,)
     r_real, r_generated = (rewards - rewards.new_tensor(before)).chunk(2)  # (B,) each
     losses = REWARD_LOSSES[loss](r_real, r_generated) + penalty * (r_real**2 + r_generated**2)
@@ -540,10 +539,10 @@ def improve_policy(policy, reference, reward_model, phase, data, args):
         schedule.step()
 
 
-def compare(policy, reference, reward_model, problems, seed, data, args):
-    """Means over demonstrations and fresh samples; the correlation of a sample's reward and length."""
+def compare(policy, reference, reward_model, problems, phase, data, args):
+    """Log means over demonstrations and fresh samples, and the correlation of a sample's reward and length."""
     prompts = [problem["prompt_ids"] for problem in problems]
-    options = (data.eos_ids, data.max_new_tokens, 1.0, args.sample_batch, seed)
+    options = (data.eos_ids, data.max_new_tokens, 1.0, args.sample_batch, f"{args.seed} {phase}")
     rows = rate(policy, reference, reward_model, prompts, sample(policy, prompts, *options), args)
     texts = [(problem["prompt_ids"], problem["real_ids"]) for problem in problems]
     real = torch.tensor(score(reward_model, texts, args.micro_batch, reward))
@@ -551,17 +550,13 @@ def compare(policy, reference, reward_model, problems, seed, data, args):
     told_apart = (real > rewards).float() + (real == rewards) / 2
     means = {"margin": (real - rewards).mean().item(), "told_apart": told_apart.mean().item()}
     means |= {name: fmean(row[name] for row in rows) for name in ("reward", "kl", "objective", "length")}
-    correlation = torch.corrcoef(torch.stack([rewards, lengths]))[0, 1].nan_to_num().item()
-    return means | {"reward_length": correlation}
+    means["reward_length"] = torch.corrcoef(torch.stack([rewards, lengths]))[0, 1].nan_to_num().item()
+    log_step(phase, 1, 1, means, [], args)
+    return means
 
 
 # ---- 6. LoRA: fewer weights to train ------------------------------------------------------
 LORA_ALPHA = 16  # as in the official code
-
-
-def linear_layers(model):
-    """The decoder's linear layers, fused ones and GPT-2's Conv1D among them."""
-    return [layer for layer in model.get_decoder().modules() if isinstance(layer, (torch.nn.Linear, Conv1D))]
 
 
 def lora_forward(layer, inputs, output):
@@ -571,10 +566,16 @@ def lora_forward(layer, inputs, output):
 
 
 def add_lora(model, rank, seed):
-    """In place: of every linear layer only A (rank, in) and B (out, rank) are trained."""
+    """In place: of the decoder's linear layers, fused ones and GPT-2's Conv1D among them, only A (rank, in)
+    and B (out, rank) are trained, and nothing else."""
+    layers = [
+        layer for layer in model.get_decoder().modules() if isinstance(layer, (torch.nn.Linear, Conv1D))
+    ]
+    if not layers:
+        die("--lora-rank: the model has no linear layers in its decoder")
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(random.Random(f"{seed} lora").getrandbits(60))
-    for layer in linear_layers(model):
+    for layer in layers:
         n_out, n_in = layer.weight.T.shape if isinstance(layer, Conv1D) else layer.weight.shape
         a = torch.randn(rank, n_in, generator=generator) / math.sqrt(n_in)
         layer.lora_a = torch.nn.Parameter(a.to(model.device))
@@ -675,14 +676,12 @@ def rft_round(start, t, preferences, folder, data, args):
     models = (policy, load_model(args.model, args), load_reward(reward_folder, data, args)[0])
     problems = (data.dev or data.demos)[:500]  # enough for two digits
     print(f"  before, on {len(problems)} {'dev problems' if data.dev else 'training prompts: no --dev'}")
-    before = compare(*models, problems, f"{args.seed} {phase} before", data, args)
-    log_step(f"{phase} before", 1, 1, before, [], args)
+    before = compare(*models, problems, f"{phase} before", data, args)
     if abs(before["reward_length"]) > 0.95:
         print("warning: the reward follows length alone: does that make demonstrations better?")
     improve_policy(*models, phase, data, args)
-    after = compare(*models, problems, f"{args.seed} {phase} after", data, args)
     print("  after, on the same")
-    log_step(f"{phase} after", 1, 1, after, [], args)
+    after = compare(*models, problems, f"{phase} after", data, args)
     if after["kl"] > 0.5 * after["length"] or after["objective"] < before["objective"]:
         print("warning: the policy runs away, or gains nothing: raise --kl or lower --policy-lr")
     policy.save_pretrained(folder.with_suffix(".partial"))
@@ -720,15 +719,13 @@ def main(args):
         die(f"--chunks {parts}: there are only {len(data.demos)} demonstrations")
     steps = args.epochs * math.ceil(len(data.demos) // (parts if irft else 1) / args.batch)
     if args.warmup >= (steps if irft else min(args.reward_steps, args.policy_steps)):
-        die(
-            f"--warmup {args.warmup}: a stage has no more steps, so its learning rate would stay below the peak"
-        )
+        die(f"--warmup {args.warmup}: a stage has no more steps, so its peak would not be reached")
     preferences = [] if irft else read_preferences(data, args)
     policy = load_model(args.model, args)
     try_model(policy, data.demos)
-    if args.lora_rank and not linear_layers(policy):
-        die(f"--lora-rank: {args.model} has no linear layers in its decoder")
     print(f"model   {args.model}: {policy.num_parameters():,} parameters, {WORLD} x {policy.device}")
+    if args.lora_rank:  # it changes nothing yet, but refuses a model that has no layers for it
+        add_lora(policy, args.lora_rank, "base")
     args = take_folder(args, f"runs/irft-{args.method}")
     settings = f"{args.loss}, scale {args.scale}, chunks {parts}" if irft else f"kl {args.kl}, rounds {parts}"
     print(f"method  {args.method}, {settings}, results in {args.out}")
@@ -761,9 +758,8 @@ def main(args):
 # ---- 8. Data: rows of any usual format -> token ids ---------------------------------------
 # Columns of prompt and response; the first pair whose columns a row has filled is used. Without a
 # prompt column the other one holds a conversation, and its last assistant turn is the response.
-COLUMNS = [("prompt", "chosen"), (None, "chosen"), ("prompt", "response"), ("prompt", "completion")]
-COLUMNS += [("question", "answer"), ("instruction", "output"), (None, "real"), (None, "messages")]
-COLUMNS += [(None, "conversations")]
+COLUMNS = ["prompt+chosen", "chosen", "prompt+response", "prompt+completion", "question+answer"]
+COLUMNS += ["instruction+output", "real", "messages", "conversations"]
 ROLES = {"user": "user", "human": "user", "prompter": "user", "system": "system"}
 ROLES |= dict.fromkeys(["assistant", "gpt", "bot", "model", "chatbot"], "assistant")
 EMPTY = (None, "", [], "[]")  # values of a column or key that is not filled
@@ -817,11 +813,11 @@ def to_messages(row):
     if not isinstance(row, dict) or None in row:
         raise ValueError(f"a row should have a value for each column, not {row!r:.80}")
     filled = {column: value for column, value in row.items() if value not in EMPTY}
-    before, after = next((pair for pair in COLUMNS if {*pair} <= {None, *filled}), (None, None))
-    if not after:
-        accepted = ", ".join("+".join(filter(None, pair)) for pair in COLUMNS)
-        raise ValueError(f"the columns are {[*filled]}; accepted, in lower case, are {accepted}")
-    prompt, turns, used = row.get(before), row[after], {before, after} - {None}
+    found = [pair for pair in COLUMNS if {*pair.split("+")} <= filled.keys()]
+    if not found:
+        raise ValueError(f"the columns are {[*filled]}; accepted, in lower case, are {', '.join(COLUMNS)}")
+    before, _, after = found[0].rpartition("+")
+    prompt, turns, used = row.get(before), row[after], {*found[0].split("+")}
     if before == "instruction" and isinstance(filled.get("input"), str):
         prompt, used = f"{prompt}\n\n{row['input']}", used | {"input"}
     if isinstance(turns, str) and not before:  # Anthropic's HH: "\n\nHuman: ...\n\nAssistant: ..."
@@ -1101,8 +1097,7 @@ def print_table(table, out):
     if len(table) > 1:
         rounds = [name for name in table if name.startswith("round")] or ["sft"]
         best = max(reversed(rounds), key=lambda name: table[name]["dev"] or 0)
-        folder = out / best.replace(" ", "_")
-        print(f"\nto load {best}: AutoModelForCausalLM.from_pretrained('{folder}')")
+        print(f"\nto load {best}: AutoModelForCausalLM.from_pretrained('{out / best.replace(' ', '_')}')")
 
 
 # ---- 10. Models and files ------------------------------------------------------------------
@@ -1121,18 +1116,20 @@ def load(auto_class, path, what, **options):
         die(f"{path}: no {what} can be loaded {where}: {reason:.400}")
 
 
-def load_model(path, args, auto_class=transformers.AutoModelForCausalLM, new_head=False, **options):
+def load_model(path, args, of_reward=False):
     """A model with fp32 weights, in evaluation mode: dropout would spoil the log-ratios."""
     if args.device != "cpu":  # sharded or recomputed layers refer to themselves, so `del` frees nothing
         gc.collect()
+    options = {"dtype": torch.float32, "ignore_mismatched_sizes": True, "output_loading_info": True}
     # FSDP2: each process has a part of every weight
-    sharding = transformers.distributed.DistributedConfig(fsdp_size=WORLD)
-    options |= {"dtype": torch.float32, "distributed_config": sharding, "ignore_mismatched_sizes": True}
-    options["output_loading_info"] = True
-    what = "reward model" if options.get("num_labels") else "causal language model"
-    model, info = load(auto_class, path, what, **options)
+    options["distributed_config"] = transformers.distributed.DistributedConfig(fsdp_size=WORLD)
+    if of_reward:
+        options["num_labels"] = 1
+        model, info = load(transformers.AutoModelForSequenceClassification, path, "reward model", **options)
+    else:
+        model, info = load(transformers.AutoModelForCausalLM, path, "causal language model", **options)
     wrong = info["missing_keys"] | info["mismatched_keys"] | info["unexpected_keys"]
-    if new_head:  # a language model's head leaves, and at zero the new one prefers no response
+    if of_reward:  # a language model's head leaves, and at zero the new one prefers no response
         wrong -= {"score.weight", "lm_head.weight", "lm_head.bias"}
         if "score.weight" in info["missing_keys"]:
             torch.nn.init.zeros_(model.score.weight)
@@ -1155,8 +1152,7 @@ def try_model(model, demos):
     ids = (8 * (demos[0]["prompt_ids"] + demos[0]["real_ids"]))[:8]
     texts, to_batch = [ids, ids[3:]], partial(pad, device=model.device)
     try:
-        alone = [model(input_ids=to_batch([text], "right")).logits[0] for text in texts]  # (T, V) each
-        alone = [logits.log_softmax(-1) for logits in alone]
+        alone = [model(input_ids=to_batch([text], "right")).logits[0].log_softmax(-1) for text in texts]
         padded = model(input_ids=to_batch(texts, "right"), use_cache=False).logits.log_softmax(-1)
         gaps = [padded[row, : len(alone[row])] - alone[row] for row in (0, 1)]
         new, cache = to_batch([text[:-2] for text in texts], "left"), None
@@ -1183,9 +1179,7 @@ def load_reward(path, data, args):
         die(f"{path} has quantized weights, which cannot be trained: name the model with full weights")
     if config.num_labels != 1 and "SequenceClassification" in str(config.architectures):
         die(f"--reward-model {path}: it has {config.num_labels} labels, but a reward is one number")
-    model = load_model(
-        path, args, transformers.AutoModelForSequenceClassification, new_head=True, num_labels=1
-    )
+    model = load_model(path, args, of_reward=True)
     if not hasattr(model, "score"):
         die(f"--reward-model {path}: {type(model).__name__} has no score.weight")
     model.forward = partial(reward_forward, model)  # FSDP gathers the weights around it
