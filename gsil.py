@@ -179,8 +179,8 @@ def reshard(model):
 
 
 def die(sentence):
-    """Report a user's mistake in one sentence, and exit with code 2. Only the first process to fail
-    reports it: the others fail with it, but have nothing to add."""
+    """Report a user's mistake in one sentence, and exit with code 2. Only the first process that
+    fails reports: the others fail with it, but have nothing to add."""
     failures = 1
     if WORLD > 1:  # torchrun's store exists from the start
         address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
@@ -330,7 +330,7 @@ def update(model, optimizer, batch, loss_of, args):
     loss_of(model, rows) -> losses (B,), {metric: (B,)}. Each process takes a share of the batch, in
     micro-batches of similar length, whose gradients add up to that of the whole batch."""
     share, sums, lengths = batch[RANK::WORLD], {}, []
-    for row in share:  # its tokens in a forward pass: one text, or two that are padded to the longer one
+    for row in share:  # tokens in a forward pass: of one text, or of two, padded to the longer
         sides = [len(row[key]) for key in ("real_ids", "generated_ids") if key in row]
         lengths.append(len(sides) * (len(row["prompt_ids"]) + max(sides)))
     parts = batches(lengths, max_tokens=args.micro_batch)
@@ -460,7 +460,7 @@ def train_sft(folder, data, args):
     """The baseline: supervised fine-tuning on the demonstrations."""
     epochs = args.epochs * args.rounds * (3 if data.dev else 1)
     if args.loss != "sft":  # else there is no method to be fair to
-        choice = "--dev chooses one" if data.dev else "a third of the work, as more may overfit without --dev"
+        choice = "--dev chooses one" if data.dev else "a third of the work, for want of --dev"
         ours = f"{args.loss} had {args.epochs * args.rounds}, with samples and two sides"
         print(f"  {epochs} epochs ({choice}); {ours}")
     loss_of = partial(sft_loss, mean_length=fmean(len(demo["real_ids"]) for demo in data.demos))
@@ -623,7 +623,7 @@ def to_messages(row):
     if not found:
         raise ValueError(f"the columns are {[*filled]}; accepted, in lower case, are {', '.join(COLUMNS)}")
     before, _, after = found[0].rpartition("+")
-    prompt, turns, used = row.get(before), row[after], {*found[0].split("+")}
+    prompt, turns, used = row.get(before or None), row[after], {*found[0].split("+")}
     if before == "instruction" and isinstance(filled.get("input"), str):
         prompt, used = f"{prompt}\n\n{row['input']}", used | {"input"}
     if isinstance(turns, str) and not before:  # Anthropic's HH: "\n\nHuman: ...\n\nAssistant: ..."

@@ -1,27 +1,29 @@
 """RFT and IRFT, reward learning from demonstrations (arXiv 2405.17888), in one file.
 
-Which reward explains the demonstrations? One under which they are better than anything the model would
-write itself. This is maximum-likelihood inverse reinforcement learning, over rewards r and policies pi:
+Which reward explains the demonstrations? One under which they are better than anything the model
+would write itself. This is maximum-likelihood inverse reinforcement learning, over rewards r and
+policies pi:
 
     min over r, max over pi of   E_pi[r(x, y)] - kl KL(pi || pi_ref) - E_demonstrations[r(x, y)]
 
-The best policy for a reward is pi_ref exp(r/kl) / Z. With y+ a demonstration and y- the model's response to
-the same prompt x:
+The best policy for a reward is pi_ref exp(r/kl) / Z. With y+ a demonstration and y- the model's
+response to the same prompt x:
 
-RFT (Algorithm 1) has a reward model. In each round the policy responds to the prompts, the reward model
-learns to rank y+ above y-, and the policy improves on r - kl log pi/pi_ref by REINFORCE. pi_ref is the
-policy at the very start. Three models are in memory: policy, pi_ref, reward.
+RFT (Algorithm 1) has a reward model. In each round the policy responds to the prompts, the reward
+model learns to rank y+ above y-, and the policy improves on r - kl log pi/pi_ref by REINFORCE.
+pi_ref is the policy at the very start. Three models are in memory: policy, pi_ref, reward.
 
-IRFT (Algorithm 2) has none: its reward is h(y) = scale * d(y), where d(y) = log pi/pi_ref is the log-ratio
-summed over the response's tokens. Its loss, -log sigmoid(h(y+) - h(y-)), is SPIN's. It takes the
-demonstrations in chunks; pi_ref is the policy at the start of a chunk.
+IRFT (Algorithm 2) has none: its reward is h(y) = scale * d(y), where d(y) = log pi/pi_ref is the
+log-ratio summed over the response's tokens. Its loss, -log sigmoid(h(y+) - h(y-)), is SPIN's. It
+takes the demonstrations in chunks; pi_ref is the policy at the start of a chunk.
 
 The first round of RFT yields, at its optimum, pi_ref (p/pi_ref)^(1/kl) / Z, where p is how the
-demonstrators write: the fit sets r = log p/pi_ref, and the policy then weighs r against kl times the KL.
-IRFT yields the same with scale in place of kl. So 1 imitates them, and less goes beyond them. A later round
-of RFT fits the change of the reward, log p/pi, so that a round multiplies log pi - log p by 1 - 1/kl: rounds
-settle at p if kl is above 1/2. This holds for the logistic losses without a penalty. Unlike the official
-code, this one never edits sampled ids, and reads the reward at a response's last token in training and in use.
+demonstrators write: the fit sets r = log p/pi_ref, and the policy then weighs r against kl times
+the KL. IRFT yields the same with scale in place of kl. So 1 imitates them, and less goes beyond
+them. A later round of RFT fits the change of the reward, log p/pi, so that a round multiplies
+log pi - log p by 1 - 1/kl: rounds settle at p if kl is above 1/2. This holds for the logistic
+losses without a penalty. Unlike the official code, this one never edits sampled ids, and reads
+the reward at a response's last token in training and in use.
 
     python irft.py                         # RFT on the built-in toy, a minute on two CPU cores
     python irft.py --method irft --chunks 4
@@ -210,8 +212,8 @@ def reshard(model):
 
 
 def die(sentence):
-    """Report a user's mistake in one sentence, and exit with code 2. Only the first process to fail
-    reports it: the others fail with it, but have nothing to add."""
+    """Report a user's mistake in one sentence, and exit with code 2. Only the first process that
+    fails reports: the others fail with it, but have nothing to add."""
     failures = 1
     if WORLD > 1:  # torchrun's store exists from the start
         address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
@@ -344,7 +346,7 @@ def update(model, optimizer, batch, loss_of, args):
     loss_of(model, rows) -> losses (B,), {metric: (B,)}. Each process takes a share of the batch, in
     micro-batches of similar length, whose gradients add up to that of the whole batch."""
     share, sums, lengths = batch[RANK::WORLD], {}, []
-    for row in share:  # its tokens in a forward pass: one text, or two that are padded to the longer one
+    for row in share:  # tokens in a forward pass: of one text, or of two, padded to the longer
         sides = [len(row[key]) for key in ("real_ids", "generated_ids") if key in row]
         lengths.append(len(sides) * (len(row["prompt_ids"]) + max(sides)))
     parts = batches(lengths, max_tokens=args.micro_batch)
@@ -419,7 +421,7 @@ def train(model, rows, loss_of, epochs, folder, data, args, learned=()):
 
 # ---- 5. RFT: an explicit reward -----------------------------------------------------------
 def reward_forward(model, ids, last):
-    """Forward pass of a reward model: token ids (B, T), the place of each last one (B,) -> r, (B, 1)."""
+    """A reward model's forward pass: ids (B, T), the place of each last one (B,) -> r, (B, 1)."""
     with autocast():
         hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # (B, T, H)
     hidden = hidden[torch.arange(len(ids), device=ids.device), last]  # (B, H)
@@ -427,7 +429,7 @@ def reward_forward(model, ids, last):
 
 
 def reward(model, texts):
-    """r(x, y), read at y's last token, which sees no pads: [(prompt ids, response ids)] -> (B,)."""
+    """r(x, y), read at y's last token, which sees no pads: [(prompt, response ids)] -> (B,)."""
     ids = pad([prompt + response for prompt, response in texts], "right", model.device)  # (B, T)
     last = torch.tensor([len(x) + len(y) - 1 for x, y in texts], device=model.device)  # (B,)
     return model(ids, last)[:, 0]
@@ -445,9 +447,9 @@ REWARD_LOSSES = {
 
 def reward_loss(model, pairs, loss, penalty):
     """Loss of each pair times its weight, (B,), and metrics {name: (B,)}.
-    A pair may have real_before and generated_before, the rewards of the round before: what is fitted is the
-    change from these. Else a round would forget what the policy has learned, and undo it. Preferences have
-    none, as they are about the whole reward."""
+    A pair may have real_before and generated_before, the rewards of the round before: what is fitted is
+    the change from these. Else a round would forget what the policy has learned, and undo it. Preferences
+    have none, as they are about the whole reward."""
     real = [(pair["prompt_ids"], pair["real_ids"]) for pair in pairs]
     generated = [(pair["prompt_ids"], pair["generated_ids"]) for pair in pairs]
     before = [pair.get(f"{side}_before", 0.0) for side in ("real", "generated") for pair in pairs]
@@ -462,7 +464,7 @@ def reward_loss(model, pairs, loss, penalty):
 
 def fit_reward(model, pairs, preferences, phase, args):
     """Fit the reward model, in place, to pairs and preferences, both as self_play makes them.
-    A step's loss: the mean over a batch of pairs + --preference-weight * the mean over a batch of preferences."""
+    A step's loss: the mean over some pairs + --preference-weight * the mean over some preferences."""
     steps, rng, unprinted = args.reward_steps, random.Random(f"{args.seed} {phase}"), []
     optimizer, schedule = make_optimizer(model, args.reward_lr, steps, args)
     loss_of = partial(reward_loss, loss=args.reward_loss, penalty=args.reward_penalty)
@@ -479,7 +481,7 @@ def fit_reward(model, pairs, preferences, phase, args):
 
 
 def rate(policy, reference, reward_model, prompts, responses, args):
-    """Sampled responses -> rows with logp, reward, kl = log pi/pi_ref and objective = reward - --kl * kl."""
+    """Sampled responses -> rows with logp, reward, kl = log pi/pi_ref, objective = reward - --kl * kl."""
     texts = [*zip(prompts, responses)]
     rewards = score(reward_model, texts, args.micro_batch, reward)
     logps = score(policy, texts, args.micro_batch)
@@ -502,15 +504,15 @@ CLIP_RATIO = 0.2  # PPO's epsilon
 
 
 def clipped_loss(logps, sampled_logps, advantage):
-    """-min(ratio A, clip(ratio, 0.8, 1.2) A), where ratio = pi(y)/pi_sampled(y) of a whole response; (B,) each.
-    At ratio 1 its gradient is that of -A log pi(y), which is REINFORCE."""
+    """-min(ratio A, clip(ratio, 0.8, 1.2) A), where ratio = pi(y)/pi_sampled(y) of a whole response;
+    (B,) each. At ratio 1 its gradient is that of -A log pi(y), which is REINFORCE."""
     ratio = (logps - sampled_logps).exp()
     return -torch.min(ratio * advantage, ratio.clamp(1 - CLIP_RATIO, 1 + CLIP_RATIO) * advantage)
 
 
 def policy_loss(policy, rows, fresh):
-    """Loss of each sampled response, (B,), and metrics {name: (B,)}. fresh: the policy has not changed since it
-    sampled them, so that the ratio is 1, and must not differ from it by rounding."""
+    """Loss of each sampled response, (B,), and metrics {name: (B,)}. fresh: the policy has not changed
+    since it sampled them, so that the ratio is 1, and must not differ from it by rounding."""
     logps = response_logps(policy, [(row["prompt_ids"], row["generated_ids"]) for row in rows])  # (B,)
     names = ("logp", "advantage", "reward", "kl", "objective", "length")
     values = {name: logps.new_tensor([row[name] for row in rows]) for name in names}
@@ -540,7 +542,7 @@ def improve_policy(policy, reference, reward_model, phase, data, args):
 
 
 def compare(policy, reference, reward_model, problems, phase, data, args):
-    """Log means over demonstrations and fresh samples, and the correlation of a sample's reward and length."""
+    """Log means over demonstrations and samples, and how samples' rewards and lengths correlate."""
     prompts = [problem["prompt_ids"] for problem in problems]
     options = (data.eos_ids, data.max_new_tokens, 1.0, args.sample_batch, f"{args.seed} {phase}")
     rows = rate(policy, reference, reward_model, prompts, sample(policy, prompts, *options), args)
@@ -566,11 +568,9 @@ def lora_forward(layer, inputs, output):
 
 
 def add_lora(model, rank, seed):
-    """In place: of the decoder's linear layers, fused ones and GPT-2's Conv1D among them, only A (rank, in)
-    and B (out, rank) are trained, and nothing else."""
-    layers = [
-        layer for layer in model.get_decoder().modules() if isinstance(layer, (torch.nn.Linear, Conv1D))
-    ]
+    """In place: only A (rank, in) and B (out, rank) of the decoder's linear layers are trained."""
+    kinds = (torch.nn.Linear, Conv1D)  # the latter is GPT-2's
+    layers = [layer for layer in model.get_decoder().modules() if isinstance(layer, kinds)]
     if not layers:
         die("--lora-rank: the model has no linear layers in its decoder")
     model.requires_grad_(False)
@@ -693,7 +693,7 @@ def train_sft(folder, data, args):
     epochs = args.epochs * (3 if data.dev else 1)
     ours = f"{args.reward_steps} reward steps and {args.policy_steps} policy steps a round"
     ours = ours if args.method == "rft" else f"{args.epochs} epochs, which see two responses and sample one"
-    print(f"  {epochs} epochs beside {ours}: {'dev' if data.dev else 'no --dev'} chooses the epoch")
+    print(f"  {epochs} epochs beside {ours}; {'--dev chooses one' if data.dev else 'there is no --dev'}")
     loss_of = partial(sft_loss, mean_length=fmean(len(demo["real_ids"]) for demo in data.demos))
     train(load_policy(args.model, folder, args), data.demos, loss_of, epochs, folder, data, args)
 
@@ -817,7 +817,7 @@ def to_messages(row):
     if not found:
         raise ValueError(f"the columns are {[*filled]}; accepted, in lower case, are {', '.join(COLUMNS)}")
     before, _, after = found[0].rpartition("+")
-    prompt, turns, used = row.get(before), row[after], {*found[0].split("+")}
+    prompt, turns, used = row.get(before or None), row[after], {*found[0].split("+")}
     if before == "instruction" and isinstance(filled.get("input"), str):
         prompt, used = f"{prompt}\n\n{row['input']}", used | {"input"}
     if isinstance(turns, str) and not before:  # Anthropic's HH: "\n\nHuman: ...\n\nAssistant: ..."
@@ -1176,7 +1176,7 @@ def load_reward(path, data, args):
     hf_logging.set_verbosity_error()  # transformers would warn of a new head
     config = load(transformers.AutoConfig, path, "config")
     if getattr(config, "quantization_config", None):
-        die(f"{path} has quantized weights, which cannot be trained: name the model with full weights")
+        die(f"{path} has quantized weights, which cannot be trained: name its full weights")
     if config.num_labels != 1 and "SequenceClassification" in str(config.architectures):
         die(f"--reward-model {path}: it has {config.num_labels} labels, but a reward is one number")
     model = load_model(path, args, of_reward=True)
@@ -1184,8 +1184,8 @@ def load_reward(path, data, args):
         die(f"--reward-model {path}: {type(model).__name__} has no score.weight")
     model.forward = partial(reward_forward, model)  # FSDP gathers the weights around it
     tokenizer = load(transformers.AutoTokenizer, path, "tokenizer")
-    # Whoever uses the reward model must read it as it was fitted: at the EOS of the policy's template. As
-    # transformers reads a classifier at the last token that is not a pad, EOS must not be the pad.
+    # Whoever uses the reward model must read it as it was fitted: at the EOS of the policy's template.
+    # As transformers reads a classifier at the last token that is not a pad, EOS must not be the pad.
     tokenizer.chat_template, model.config.eos_token_id = data.tokenizer.chat_template, sorted(data.eos_ids)
     if tokenizer.pad_token_id in {None, *data.eos_ids}:
         others = [i for i in tokenizer.all_special_ids if i not in data.eos_ids]
