@@ -404,10 +404,11 @@ def train(model, rows, loss_of, epochs, folder, data, args, learned=()):
 
 
 # ---- 5. The method ------------------------------------------------------------------------
-def self_play(policy, demos, seed, file, data, args):
+def self_play(policy, demos, folder, data, args):
     """A round's pairs: every demonstration with a response of the policy, and log pi_t of both, such as
     {"prompt": "2 + 2", "response": "4", "generated": "5", "prompt_ids": [7, 3, 7], "real_ids": [9, 1],
     "generated_ids": [8, 1], "real_reference": -2.5, "generated_reference": -1.5}."""
+    file, seed = folder.with_suffix(".jsonl"), f"{args.seed} {folder.name.replace('_', ' ')}"
     if file.exists():  # the run was interrupted while it trained on them
         return [json.loads(line) for line in file.read_text().splitlines()]
     print(f"  sampling {len(demos)} responses")
@@ -446,8 +447,8 @@ def predict_habit(pairs, scale, data, args):
 
 def gsil_round(start, folder, data, args):
     """One round: the policy responds, then learns to tell the demonstrations from its responses."""
-    policy, seed = load_model(start, args), f"{args.seed} {folder.name.replace('_', ' ')}"
-    pairs = self_play(policy, data.demos, seed, folder.with_suffix(".jsonl"), data, args)
+    policy = load_model(start, args)
+    pairs = self_play(policy, data.demos, folder, data, args)
     if args.habit:
         predict_habit(pairs, args.scale if args.loss != "hinge" else None, data, args)
     shift = torch.tensor(args.shift or 0.0, device=policy.device)

@@ -602,10 +602,11 @@ def save_merged(model, folder):
 
 
 # ---- 7. The methods -----------------------------------------------------------------------
-def self_play(policy, demos, seed, file, data, args):
+def self_play(policy, demos, folder, data, args):
     """A round's pairs: every demonstration with a response of the policy, and log pi_t of both, such as
     {"prompt": "2 + 2", "response": "4", "generated": "5", "prompt_ids": [7, 3, 7], "real_ids": [9, 1],
     "generated_ids": [8, 1], "real_reference": -2.5, "generated_reference": -1.5}."""
+    file, seed = folder.with_suffix(".jsonl"), f"{args.seed} {folder.name.replace('_', ' ')}"
     if file.exists():  # the run was interrupted while it trained on them
         return [json.loads(line) for line in file.read_text().splitlines()]
     print(f"  sampling {len(demos)} responses")
@@ -644,9 +645,8 @@ def predict_habit(pairs, scale, data, args):
 
 def irft_chunk(start, t, folder, data, args):
     """Algorithm 2, one chunk: the policy learns to tell demonstrations from its own responses."""
-    policy, phase = load_policy(start, folder, args), folder.name.replace("_", " ")
-    demos, samples = data.demos[t - 1 :: args.chunks], folder.with_suffix(".jsonl")
-    pairs = self_play(policy, demos, f"{args.seed} {phase}", samples, data, args)
+    policy = load_policy(start, folder, args)
+    pairs = self_play(policy, data.demos[t - 1 :: args.chunks], folder, data, args)
     if args.habit:
         predict_habit(pairs, args.scale if args.loss == "spin" else None, data, args)
     loss_of = partial(irft_loss, loss=args.loss, scale=args.scale)
@@ -656,7 +656,7 @@ def irft_chunk(start, t, folder, data, args):
 def rft_round(start, t, preferences, folder, data, args):
     """Algorithm 1, one round: the reward model learns from the pairs, then the policy from the reward."""
     policy, phase = load_policy(start, folder, args), folder.name.replace("_", " ")
-    pairs = self_play(policy, data.demos, f"{args.seed} {phase}", folder.with_suffix(".jsonl"), data, args)
+    pairs = self_play(policy, data.demos, folder, data, args)
     if args.habit:
         predict_habit(pairs, args.kl if args.reward_loss == "logistic" else None, data, args)
     reward_folder = folder.with_name(f"round_{t}_reward")
