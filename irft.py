@@ -855,7 +855,7 @@ def to_messages(row):
 
 def to_turns(turns, role):
     """A text, or turns with role and content or from and value -> [{"role", "content"}], and the other
-    keys of the last turn, {key: value}."""
+    keys of the last turn by the assistant, {key: value}."""
     messages, others = [], {}
     for turn in turns if isinstance(turns, list) else [{"role": role, "content": turns}]:
         if not isinstance(turn, dict) or not (turn.get("role") or turn.get("from")):
@@ -863,12 +863,12 @@ def to_turns(turns, role):
         role = str(turn.get("role") or turn["from"]).strip().lower()
         content = turn.get("value") if turn.get("content") is None else turn["content"]
         used = ("role", "from", "content", "value")
-        others = {key: turn[key] for key in turn if key not in used and turn[key] not in EMPTY}
+        keys = {key: turn[key] for key in turn if key not in used and turn[key] not in EMPTY}
         parts = content if isinstance(content, list) else [None]
         if all(isinstance(part, dict) and part.get("type") == "text" for part in parts):
             content = "".join(str(part.get("text") or "") for part in parts)
         # Numbers may be ids or weights. Another text is a thought or a channel, a list a call or a picture.
-        more = [key for key in others if key != "name" and not isinstance(others[key], (int, float))]
+        more = [key for key in keys if key != "name" and not isinstance(keys[key], (int, float))]
         if more or isinstance(content, list) or "<image>" in str(content):
             raise NoDemonstration(f"a turn has more than a role and a text: {turn!r:.80}")
         if role not in ROLES:
@@ -877,6 +877,7 @@ def to_turns(turns, role):
             raise ValueError(f"a turn is empty: {turn!r:.80}")
         content.encode()  # half an emoji raises a ValueError
         messages.append({"role": ROLES[role], "content": content})
+        others = keys if ROLES[role] == "assistant" else others
     return messages, others
 
 
@@ -942,6 +943,17 @@ def read_demos(path, split, encode_row):
     return demos
 
 
+def find_eos_ids(path, config, tokenizer):
+    """Where a response ends: the EOS ids of tokenizer, model config and generation config."""
+    sources, eos_ids = [tokenizer, config, config.get_text_config()], set()
+    with suppress(OSError):
+        sources.append(transformers.GenerationConfig.from_pretrained(path))
+    for source in sources:
+        listed = getattr(source, "eos_token_id", None)  # an id, ids or None
+        eos_ids |= {*listed} if isinstance(listed, list) else {listed}
+    return eos_ids - {None}
+
+
 def load_tokenizer(path, prompt_template):
     """The config of a model's text part, its tokenizer with a chat template, which may be made of
     --prompt-template, and the ids that end a response."""
@@ -962,14 +974,7 @@ def load_tokenizer(path, prompt_template):
         die(f"{path}: its tokenizer has no EOS token, so no response could end")
     if not tokenizer.chat_template:
         die(f"{path}: its tokenizer has no chat template; give a --prompt-template")
-    sources = [tokenizer, config, config.get_text_config()]
-    with suppress(OSError):
-        sources.append(transformers.GenerationConfig.from_pretrained(path))
-    eos_ids = set()
-    for source in sources:
-        listed = getattr(source, "eos_token_id", None)  # an id, ids or None
-        eos_ids |= {*listed} if isinstance(listed, list) else {listed}
-    return config.get_text_config(), tokenizer, eos_ids - {None}
+    return config.get_text_config(), tokenizer, find_eos_ids(path, config, tokenizer)
 
 
 def read_data(args):
@@ -1249,7 +1254,9 @@ if __name__ == "__main__":
         main(parse_args())
     except (KeyboardInterrupt, OSError, SafetensorError, torch.OutOfMemoryError) as error:
         die((str(error) or "stopped") + "".join(f"; to continue: --resume {out}" for out in TAKEN))
-    except Exception:  # noqa: BLE001 (a fault of the code, not of a user)
-        die(traceback.format_exc())
+    except Exception:  # a fault of the code, not of a user
+        if WORLD == 1:
+            raise
+        die(traceback.format_exc())  # once, though the other processes fail with the first
     if WORLD > 1:
         dist.destroy_process_group()
