@@ -9,6 +9,9 @@ model and data, prompts, responses, log-likelihoods and metrics are the same; se
     not in lm_eval     answers asks as gsil.py and irft.py train; reward is the win rate under a
                        reward model; mt_bench writes responses for FastChat's judge
 
+These three measure as gsil.py does: its prompts and its samples from the plain softmax, to which a
+model's generation config, such as a repetition penalty, adds nothing; on a GPU in bfloat16.
+
 Two models answer the same problems, so --compare tests their differences problem by problem.
 
     python eval.py                                  # the toy's base model on its held-out problems
@@ -31,10 +34,9 @@ import time
 from collections import namedtuple
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from functools import partial
 from importlib.metadata import version
-from itertools import takewhile
 from pathlib import Path
 from statistics import fmean, stdev, variance
 from subprocess import DEVNULL, PIPE, Popen
@@ -45,7 +47,8 @@ import transformers
 from jinja2 import TemplateError
 from tqdm import tqdm
 
-from gsil import TOY, die, final_answer, load, pad, read_rows, to_messages
+import gsil
+from gsil import TOY, die, final_answer, load, pad, read_rows
 
 
 def parse_args(argv=None):
@@ -77,6 +80,7 @@ def parse_args(argv=None):
     for action in parser._actions:
         if (action.choices and action.default) or type(action.default) in (int, float):
             action.help += " (default: %(default)s)"
+    parser.error = die
     args = parser.parse_args(argv)
     tasks, args.tasks = args.tasks, args.tasks.split(",")
     if not {*args.tasks} <= {*TASKS} or len({*args.tasks}) < len(args.tasks):
@@ -100,12 +104,6 @@ def parse_args(argv=None):
         parser.error("the task mt_bench needs --data and --answers FILE, and takes no --compare")
     if "humaneval" in tasks and not args.allow_code_execution:
         parser.error("humaneval runs programs that the model writes: give --allow-code-execution")
-    for path in filter(None, (args.out, args.answers)):
-        try:  # create it, so that nothing is computed that could not be saved
-            open(path, "x").close()
-            os.remove(path)
-        except OSError as error:
-            parser.error(f"{path}: {error.strerror}; choose a file that does not exist yet")
     return args
 
 
@@ -140,45 +138,76 @@ def build_prompt(problem, tokenizer=None):
         turns += [turn("user", example["question"]), turn("assistant", example["target"])]
     turns += problem.get("turns") or [turn("user", problem["question"])]
     turns += [turn("assistant", gen_prefix)] if gen_prefix else []
-    return apply_chat_template(tokenizer, turns)
+    begun = turns[-1]["role"] == "assistant"
+    options = {"tokenize": False, "add_generation_prompt": not begun, "continue_final_message": begun}
+    for messages in (turns, [one for one in turns if one["role"] != "system"]):  # as lm_eval tries it
+        try:
+            prompt = tokenizer.apply_chat_template(messages, **options)
+        except TemplateError as error:
+            reason = f"the chat template refuses this conversation: {error}"
+            continue
+        lost = [one for one in turns if one["role"] != "system" and one["content"].strip() not in prompt]
+        if not lost:
+            return prompt
+        reason = f"the chat template changes or drops the turn {lost[0]!r:.200}"
+    die(f"{tokenizer.name_or_path}: {reason}")
 
 
 def turn(role, text):
     return {"role": role, "content": text}
 
 
-def apply_chat_template(tokenizer, turns, complete=False):
-    """A conversation as text, up to where the assistant goes on, or if complete after its turn."""
-    begun = turns[-1]["role"] == "assistant"
-    options = {"add_generation_prompt": not begun, "continue_final_message": begun and not complete}
-    for messages in (turns, [one for one in turns if one["role"] != "system"]):  # as lm_eval tries it
-        with suppress(TemplateError):
-            return tokenizer.apply_chat_template(messages, tokenize=False, **options)
-    die(f"the chat template refuses this conversation, with or without a system turn: {turns!r:.300}")
-
-
-def encode(lm, text, special=True):
+def to_ids(lm, text):
     """Text -> token ids. If the tokenizer adds BOS it comes first, unless the text begins with it."""
     has_bos = lm.tokenizer.bos_token and text.startswith(lm.tokenizer.bos_token)
-    ids = lm.tokenizer(text, add_special_tokens=special and not has_bos).input_ids
-    known = lm.model.get_input_embeddings().num_embeddings
+    ids = lm.tokenizer(text, add_special_tokens=not has_bos).input_ids
+    known = lm.config.get_text_config().vocab_size
     if max(ids, default=0) >= known:
         token = lm.tokenizer.convert_ids_to_tokens(max(ids))
         die(f"the tokenizer gives {token!r} the id {max(ids)}, the model has only {known} embeddings")
     return ids
 
 
+def ask(name, problem, lm, args):
+    """What lm_eval gives to a model: a prompt, its ids (cut at their beginning if they do not fit) and
+    whether they were cut; or for choices the prompts and pairs of ids, (context, continuation)."""
+    tokenizer = lm.tokenizer if args.chat else None
+    if "choices" not in problem:
+        prompt, room = build_prompt(problem, tokenizer), lm.window - lm.longest[name]
+        ids = to_ids(lm, prompt)
+        return {"prompt": prompt, "truncated": len(ids) > room, "ids": ids[-room:]}
+    questions = problem.get("questions") or [problem["question"]] * len(problem["choices"])
+    prompts = [build_prompt(problem | {"question": x}, tokenizer) for x in questions]
+    continuations = [choice if args.chat else f" {choice}" for choice in problem["choices"]]
+    truncated, pairs = False, []
+    for prompt, continuation in zip(prompts, continuations):
+        # As in lm_eval, both are encoded as one text, which is divided after as many ids as the
+        # prompt has by itself. Spaces at the end of the prompt belong to the continuation.
+        context = to_ids(lm, prompt.rstrip())
+        rest = to_ids(lm, prompt + continuation)[len(context) :]
+        if not (context and 0 < len(rest) <= lm.window):
+            size = f"{len(rest)} tokens, not 1 to {lm.window}"
+            die(f"{name}: {continuation!r:.200} has {size} when it follows {prompt!r}")
+        room = lm.window + 1 - len(rest)  # the last token is never read
+        pairs.append((context[-room:], rest))
+        truncated = truncated or len(context) > room
+    prompts = [*dict.fromkeys(prompts)]  # most often one, the same for all choices
+    return {"prompts": prompts, "continuations": continuations, "truncated": truncated, "pairs": pairs}
+
+
 # ---- 2. Generation: what does the model respond? --------------------------------------------
-def generate(lm, prompts, stop, max_new_tokens, temperature, batch_size, name="", own=False):
-    """Prompts (lists of token ids) -> [(response, was it cut at max_new_tokens?)]. A response ends
-    before the first stop sequence. As in lm_eval the model's generation config applies: see KEPT.
-    lm_eval keeps an EOS token that is not special in the text; for own tasks the response ends there."""
+def generate(lm, prompts, stop, max_new_tokens, temperature, batch_size, name=""):
+    """Prompts (lists of token ids) -> [(response, was it cut at max_new_tokens?)], as in lm_eval: the
+    generation config applies (see KEPT), a response ends before the first stop sequence or at the
+    EOS of tokenizer or generation config, and one that is not special stays in the text."""
     model, tokenizer = lm.model, lm.tokenizer
+    listed = model.generation_config.eos_token_id  # an id, ids or None
+    eos_ids = {tokenizer.eos_token_id, *(listed if isinstance(listed, list) else [listed])} - {None}
     stop = [*stop, *(model.generation_config.stop_strings or []), tokenizer.eos_token]
     tail = max(len(text.encode()) for text in stop) + 2  # the last `tail` tokens hold any of them
     options = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
     options |= {"temperature": temperature or None, "top_k": 0, "top_p": 1.0}  # the whole distribution
-    options |= {"eos_token_id": sorted(lm.eos_ids), "pad_token_id": tokenizer.eos_token_id}
+    options |= {"eos_token_id": sorted(eos_ids), "pad_token_id": tokenizer.eos_token_id}
     options |= {"use_cache": True, "stop_strings": None}  # `cut` knows the stop strings
     options["logits_processor"] = [lambda ids, logits: check_nan(logits, name)]
     if lm.cache_size and model.device.type == "cpu":
@@ -198,10 +227,9 @@ def generate(lm, prompts, stop, max_new_tokens, temperature, batch_size, name=""
 
         out = model.generate(ids, attention_mask=mask, stopping_criteria=[stopped], **options)
         out = out[:, width:]  # (B, T)
-        texts = [[*takewhile(lambda x: x not in lm.eos_ids, row)] if own else row for row in out.tolist()]
-        texts = tokenizer.batch_decode(texts, skip_special_tokens=True)
+        texts = tokenizer.batch_decode(out, skip_special_tokens=True)
         for i, ids, text, raw in zip(rows, out.tolist(), texts, tokenizer.batch_decode(out)):
-            responses[i] = cut(text, stop), not lm.eos_ids & {*ids} and cut(raw, stop) == raw
+            responses[i] = cut(text, stop), not eos_ids & {*ids} and cut(raw, stop) == raw
     return responses
 
 
@@ -219,22 +247,23 @@ def check_nan(logits, name):
     return logits
 
 
+def respond(name, lm, prompts, temperature, args):
+    """The responses in tasks that are not lm_eval's, sampled, ended and decoded as gsil.py does it."""
+    options = (lm.eos_ids, lm.longest[name], temperature, args.batch_size, f"{args.seed} {name}")
+    responses = gsil.sample(lm.model, prompts, *options)
+    return [(gsil.decode(ids, lm), ids[-1] not in lm.eos_ids) for ids in responses]
+
+
 def run_generation(name, problems, lm, args):
     """Let the model respond to all problems -> a sample for each: prompt, responses, metrics."""
-    task = TASKS[name]
-    max_new_tokens = args.max_new_tokens or task.max_new_tokens
-    room = lm.window - max_new_tokens  # for the prompt
-    if room < 1:
-        die(f"--max-new-tokens {max_new_tokens}: no room for a prompt in the window of {lm.window}")
-    samples, prompts = [], []
-    for problem in problems:
-        prompt = build_prompt(problem, lm.tokenizer if args.chat or task.chat else None)
-        ids = encode(lm, prompt, special=not task.chat)  # training adds nothing to the template
-        samples.append({"prompt": prompt, "truncated": len(ids) > room})
-        prompts += [ids[-room:]] * args.samples  # as in lm_eval, a long prompt loses its beginning
-    torch.manual_seed(args.seed)
-    options = (task.stop, max_new_tokens, args.temperature, args.batch_size)
-    responses = generate(lm, prompts, *options, name, own=task.chat)
+    task, samples = TASKS[name], [{**problem["asked"][lm.path]} for problem in problems]
+    prompts = [ids for sample in samples for ids in [sample.pop("ids")] * args.samples]
+    if task.own:
+        responses = respond(name, lm, prompts, args.temperature, args)
+    else:
+        torch.manual_seed(args.seed)
+        options = (task.stop, lm.longest[name], args.temperature, args.batch_size)
+        responses = generate(lm, prompts, *options, name)
     for sample, part in zip(samples, chunks(responses, args.samples)):
         sample["responses"] = [text for text, _ in part]
         sample["unfinished"] = sum(was_cut for _, was_cut in part)
@@ -289,28 +318,8 @@ def loglikelihoods(lm, pairs, name=""):
 
 def run_choices(name, problems, lm, args):
     """Let the model choose -> a sample for each problem: prompts, log-likelihoods, metrics."""
-    samples, pairs = [], []
-    for problem in problems:
-        questions = problem.get("questions") or [problem["question"]] * len(problem["choices"])
-        tokenizer = lm.tokenizer if args.chat else None
-        prompts = [build_prompt(problem | {"question": x}, tokenizer) for x in questions]
-        continuations = [choice if args.chat else f" {choice}" for choice in problem["choices"]]
-        truncated = False
-        for prompt, continuation in zip(prompts, continuations):
-            # As in lm_eval, both are encoded as one text, which is divided after as many ids as the
-            # prompt has by itself. Spaces at the end of the prompt belong to the continuation.
-            context = encode(lm, prompt.rstrip())
-            rest = encode(lm, prompt + continuation)[len(context) :]
-            if not (context and 0 < len(rest) <= lm.window):
-                size = f"{len(rest)} tokens, not 1 to {lm.window}"
-                die(f"{name}: {continuation!r:.200} has {size} when it follows {prompt!r}")
-            room = lm.window + 1 - len(rest)  # the last token is never read
-            pairs.append((context[-room:], rest))
-            truncated = truncated or len(context) > room
-        prompts = [*dict.fromkeys(prompts)]  # most often one, the same for all choices
-        sample = {"prompts": prompts, "continuations": continuations, "gold": problem["gold"]}
-        samples.append(sample | {"truncated": truncated})
-    values = iter(loglikelihoods(lm, pairs, name))
+    samples = [{**problem["asked"][lm.path], "gold": problem["gold"]} for problem in problems]
+    values = iter(loglikelihoods(lm, [pair for sample in samples for pair in sample.pop("pairs")], name))
     for problem, sample in zip(problems, samples):
         lls = [next(values) for _ in problem["choices"]]
         sample |= {"loglikelihoods": lls, "metrics": TASKS[name].score(problem, lls)}
@@ -382,7 +391,10 @@ import contextlib, json, os, resource
 program, seconds = json.load(open("job.json"))
 source, answer, nowhere = os.dup(0), os.dup(1), os.open(os.devnull, os.O_RDWR)
 for stream in (0, 1, 2): os.dup2(nowhere, stream)
-for name, most in dict(AS=4 << 30, CPU=int(seconds) + 1, FSIZE=1 << 20, CORE=0, NPROC=0).items():
+limits = dict(AS=4 << 30, CPU=int(seconds) + 1, FSIZE=1 << 20, CORE=0)
+with contextlib.suppress(OSError, ValueError):  # Linux: as many processes and threads as there are, and 256
+    limits["NPROC"] = int(open("/proc/loadavg").read().split()[3].split("/")[1]) + 256
+for name, most in limits.items():
     with contextlib.suppress(ValueError, OSError, AttributeError):  # not every system has all of them
         resource.setrlimit(getattr(resource, "RLIMIT_" + name), (most, most))
 read, write, leave = os.read, os.write, os._exit
@@ -413,20 +425,28 @@ def passes(program, seconds=3.0):
 
 
 @torch.no_grad()
-def rewards(rm, problems, responses):
-    """The reward of each response (a float), read where irft.py fits it: at EOS after the response."""
+def rewards(rm, problems, responses=None):
+    """The reward of each response, a float, read where irft.py fits it: at the EOS that ends gsil.encode's
+    ids; without responses of the data's. None for one that the reward model's tokenizer cannot take."""
     rm.model.config.get_text_config().pad_token_id = None  # else EOS would be skipped as a pad
-    special = rm.tokenizer.chat_template == BEAVER  # which has no BOS: that tokenizer adds its own
-    values = []
-    for problem, response in zip(tqdm(problems, "rewards", leave=False, disable=None), responses):
-        turns = [*problem["turns"], turn("assistant", response)]
-        prompt = apply_chat_template(rm.tokenizer, problem["turns"])
-        text = apply_chat_template(rm.tokenizer, turns, complete=True)
-        if not text.startswith(prompt):
-            die("--reward-model: its chat template changes the prompt when there is a response")
-        ending = text[len(prompt) :].split(rm.tokenizer.eos_token)[0] + rm.tokenizer.eos_token
-        ids = torch.tensor([encode(rm, prompt + ending, special)], device=rm.model.device)  # (1, T)
-        values.append(check_nan(rm.model(ids).logits, "reward").item())
+    begin = rm.tokenizer("a").input_ids[:1]  # BEAVER has no BOS, as its tokenizer adds one
+    begin = begin if rm.tokenizer.chat_template == BEAVER and begin == [rm.tokenizer.bos_token_id] else []
+    ends, values = [text for text in map(rm.tokenizer.decode, rm.eos_ids) if text], []
+    for i, problem in enumerate(tqdm(problems, "rewards", leave=False, disable=None)):
+        demo, text = problem["demo"], cut(responses[i], ends).strip() if responses else None
+        try:
+            if text:
+                turns = [*problem["turns"], turn("assistant", text)]
+                demo = gsil.encode({"messages": turns}, rm.tokenizer, rm.eos_ids)
+            # An empty response is EOS alone, the one in which the data's ends.
+            real_ids = demo["real_ids"][-1:] if text == "" else demo["real_ids"]
+            ids = begin + demo["prompt_ids"] + real_ids
+            check(len(ids) <= rm.window, "the reward model's window is too short")
+        except (TemplateError, ValueError):
+            values.append(None)
+            continue
+        logits = rm.model(torch.tensor([ids], device=rm.model.device)).logits
+        values.append(check_nan(logits, "reward").item())
     return values
 
 
@@ -437,7 +457,13 @@ def duel(outcome, problems, rm, args):
     if args.compare:
         samples = outcome["compare"]["samples"]["reward"]
         theirs = [sample["responses"][0].strip() for sample in samples]
-    a, b = rewards(rm, problems, ours), rewards(rm, problems, theirs)
+    values = [rewards(rm, problems, ours), rewards(rm, problems, theirs if args.compare else None)]
+    kept = [i for i, pair in enumerate(zip(*values)) if None not in pair]
+    if len(kept) < len(problems):
+        print(f"warning: reward: {len(problems) - len(kept)} responses cannot be read by the reward model")
+    if not kept:
+        die("--reward-model: it can read none of the responses")
+    a, b = ([side[i] for i in kept] for side in values)
     wins, ties = sum(x > y for x, y in zip(a, b)), sum(x == y for x, y in zip(a, b))
     result = {"against": args.compare or "the data", "n": len(a), "wins": wins, "ties": ties}
     result |= {"win_rate": wins / len(a), "reward": fmean(a), "other_reward": fmean(b)}
@@ -445,7 +471,7 @@ def duel(outcome, problems, rm, args):
     # Reward models are known to prefer long responses.
     result |= {"characters": fmean(map(len, ours)), "other_characters": fmean(map(len, theirs))}
     print_table([["reward", ""], *result.items()])
-    return result | {"rewards": a, "other_rewards": b}
+    return result | {"rewards": values[0], "other_rewards": values[1]}
 
 
 # The temperature by category, otherwise 0.7: FastChat 0e6d3e4b, llm_judge/common.py
@@ -454,20 +480,24 @@ TEMPERATURES = {"stem": 0.1, "humanities": 0.1, "extraction": 0, "math": 0, "cod
 
 def run_mt_bench(name, problems, lm, args):
     """Ask both questions of each problem, the second one after the answer to the first."""
-    samples = []
+    samples, settings = [], argparse.Namespace(**vars(args) | {"seed": 0})
+    room = lm.window - lm.longest[name]  # a longer prompt loses its beginning
     for problem in tqdm(problems, name, leave=False, disable=None):
         temperature = TEMPERATURES.get(problem["category"], 0.7)
-        settings = argparse.Namespace(**vars(args) | {"temperature": temperature, "seed": 0, "samples": 1})
-        turns, parts = [], []
+        turns, sample = [], dict.fromkeys(CAUSES, 0)
         for question in problem["questions"]:
             turns.append(turn("user", question))
-            parts += run_generation(name, [{"turns": turns, "examples": []}], lm, settings)
-            turns.append(turn("assistant", parts[-1]["responses"][0].strip()))
+            prompt = lm.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+            ids = lm.tokenizer.encode(prompt, add_special_tokens=False)
+            [(text, was_cut)] = respond(name, lm, [ids[-room:]], temperature, settings)
+            turns.append(turn("assistant", text.strip()))
+            sample["truncated"] += len(ids) > room
+            sample["unfinished"] += was_cut
+            sample["empty"] += not text.strip()
         responses = [message["content"] for message in turns if message["role"] == "assistant"]
         line = {"question_id": problem["id"], "answer_id": os.urandom(11).hex(), "tstamp": time.time()}
         line |= {"model_id": Path(args.answers).stem, "choices": [{"index": 0, "turns": responses}]}
-        sample = {"responses": responses, "metrics": {}, "fastchat": line}
-        samples.append(sample | {cause: sum(part[cause] for part in parts) for cause in CAUSES})
+        samples.append(sample | {"responses": responses, "metrics": {}, "fastchat": line})
     return samples
 
 
@@ -477,7 +507,7 @@ class Task(NamedTuple):
     as a few-shot example) and gold (what the score compares with). Multiple choice adds choices, and
     questions if each choice has its own; a conversation has turns."""
 
-    hub: str  # name and configuration of the data on the Hub
+    hub: str  # NAME or NAME:CONFIGURATION of the data on the Hub, used without --data
     read: Callable  # turns a row of the data into a problem, or raises an error if it is unusable
     score: Callable | None = None  # (problem, responses or log-likelihoods) -> metrics
     run: Callable = run_generation
@@ -486,7 +516,7 @@ class Task(NamedTuple):
     num_fewshot: int = 0  # unless --shots says otherwise
     stop: tuple = ()  # a response ends before any of these sequences
     max_new_tokens: int = 256
-    chat: bool = False  # always use the chat template, as in training
+    own: bool = False  # not from lm_eval, but asked and measured as gsil.py does
 
 
 def check(condition, message):
@@ -495,12 +525,22 @@ def check(condition, message):
         raise ValueError(message)
 
 
-def read_demonstration(row, graded=True):
-    """A row of any format that gsil.py trains on. graded: it ends in a final answer."""
-    (*turns, response), _ = to_messages(row)
-    gold = final_answer(response["content"])
-    check(gold or not graded, "the response should end in '#### ' and the right value")
-    return {"turns": turns, "response": response["content"].strip(), "gold": gold}
+def read_demonstration(row, lms, rm, name):
+    """A row of any format that gsil.py trains on, with its prompt for each model. If one of them cannot
+    be asked, the row is left out for all, so that they answer the same problems."""
+    asked = {}
+    for lm in lms:
+        demo = gsil.encode(row, lm.tokenizer, lm.eos_ids, lm.window - lm.longest[name])
+        known = lm.config.get_text_config().vocab_size
+        check(max(demo["prompt_ids"]) < known, f"a token is none of the model's {known} embeddings")
+        asked[lm.path] = {"prompt": demo["prompt"], "truncated": False, "ids": demo["prompt_ids"]}
+    problem = {"row": row, "subject": name, "groups": [name], "turns": gsil.to_messages(row)[0][:-1]}
+    problem |= {"response": demo["response"].strip(), "gold": demo["answer"], "asked": asked}
+    if name == "answers":
+        check(demo["answer"], "the response should end in '#### ' and the right value")
+    else:
+        problem["demo"] = gsil.encode(row, rm.tokenizer, rm.eos_ids, rm.window)
+    return problem | {"columns": demo["columns"], "changed": demo["changed"]}
 
 
 def read_gsm8k(row, template):  # gsm8k/gsm8k.yaml, gsm8k/gsm8k-cot-zeroshot.yaml
@@ -605,16 +645,20 @@ def read_mmlu(row):  # mmlu/default/_default_template_yaml
     return multiple_choice(question, [*"ABCD"], int(row["answer"])) | more
 
 
-def read_mt_bench(row):  # FastChat's llm_judge/data/mt_bench/question.jsonl
+def read_mt_bench(row, lms):  # FastChat's llm_judge/data/mt_bench/question.jsonl
     check(isinstance(row["turns"], list), "turns should be a list of texts")
+    # Every template must have a place for all turns. A question stands for the answer to it.
+    turns = [turn(role, text) for text in row["turns"] for role in ("user", "assistant")]
+    for lm in lms:
+        gsil.encode({"messages": turns}, lm.tokenizer, lm.eos_ids)
     return {"id": row["question_id"], "category": row["category"], "questions": row["turns"]}
 
 
 CODE_STOP = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
 TASKS = {
-    "answers": Task("", read_demonstration, final_answer_match, chat=True),
+    "answers": Task("", read_demonstration, final_answer_match, own=True),
     "gsm8k": Task(
-        "openai/gsm8k main",
+        "openai/gsm8k:main",
         partial(read_gsm8k, template="Question: {}\nAnswer:"),
         partial(exact_match, strict=r"#### (\-?[0-9\.\,]+)"),
         splits="test train",
@@ -622,7 +666,7 @@ TASKS = {
         stop=("Question:", "</s>", "<|im_end|>"),
     ),
     "gsm8k_cot_zeroshot": Task(
-        "openai/gsm8k main",
+        "openai/gsm8k:main",
         partial(read_gsm8k, template="Q: {}\nA: Let's think step by step."),
         partial(exact_match, strict=r"The answer is (\-?[0-9\.\,]+)."),
         stop=("Q:", "</s>", "<|im_end|>"),
@@ -633,74 +677,78 @@ TASKS = {
     "humaneval_instruct": Task(
         "openai/openai_humaneval", read_humaneval_instruct, pass_at_1, stop=CODE_STOP, max_new_tokens=1024
     ),
-    "arc_easy": Task("allenai/ai2_arc ARC-Easy", read_arc, acc_and_acc_norm, run_choices, "test train"),
+    "arc_easy": Task("allenai/ai2_arc:ARC-Easy", read_arc, acc_and_acc_norm, run_choices, "test train"),
     "arc_challenge": Task(
-        "allenai/ai2_arc ARC-Challenge", read_arc, acc_and_acc_norm, run_choices, "test train"
+        "allenai/ai2_arc:ARC-Challenge", read_arc, acc_and_acc_norm, run_choices, "test train"
     ),
     "hellaswag": Task(
         "Rowan/hellaswag", read_hellaswag, acc_and_acc_norm, run_choices, "validation train", "others"
     ),
     "winogrande": Task(
-        "allenai/winogrande winogrande_xl", read_winogrande, acc, run_choices, "validation train", "others"
+        "allenai/winogrande:winogrande_xl", read_winogrande, acc, run_choices, "validation train", "others"
     ),
     "truthfulqa_mc1": Task(
-        "truthfulqa/truthful_qa multiple_choice", read_truthfulqa, acc, run_choices, "validation"
+        "truthfulqa/truthful_qa:multiple_choice", read_truthfulqa, acc, run_choices, "validation"
     ),
     "truthfulqa_mc2": Task(
-        "truthfulqa/truthful_qa multiple_choice",
+        "truthfulqa/truthful_qa:multiple_choice",
         partial(read_truthfulqa, targets="mc2_targets"),
         mc2,
         run_choices,
         "validation",
     ),
-    "mmlu": Task("cais/mmlu all", read_mmlu, acc, run_choices, "test dev", "first_n"),
-    "reward": Task("Anthropic/hh-rlhf", partial(read_demonstration, graded=False), chat=True),
-    "mt_bench": Task("", read_mt_bench, run=run_mt_bench, max_new_tokens=1024, chat=True),
+    "mmlu": Task("cais/mmlu:all", read_mmlu, acc, run_choices, "test dev", "first_n"),
+    "reward": Task("Anthropic/hh-rlhf", read_demonstration, own=True),
+    "mt_bench": Task("", read_mt_bench, run=run_mt_bench, max_new_tokens=1024, own=True),
 }
 
 
 # ---- 6. Main --------------------------------------------------------------------------------
 def main(args):
     """Read the data, evaluate one or two models, print and write the results; return what --out has."""
-    transformers.logging.set_verbosity_error()  # what it warns of is an error in load_model
+    transformers.logging.set_verbosity_error()  # what it warns of is said in load_model
     transformers.logging.disable_progress_bar()
     if args.allow_code_execution:
         print("warning: programs run without a sandbox; use a container without network")
-    # Mistakes in the data or in the other models should show before the first model works for hours.
-    data = {name: read_task(name, args) for name in args.tasks}
-    if args.compare:
-        load_tokenizer(args.compare, args)
-    rm = load_reward_model(args) if "reward" in data else None
-    packages = {name: version(name) for name in ("torch", "transformers", "datasets")}
-    outcome = {"version": 2, "scores as": "lm_eval 0.4.13", "packages": packages, "settings": vars(args)}
-    outcome |= evaluate(args.model, data, args)
-    if args.compare:
-        outcome["compare"] = evaluate(args.compare, data, args)
-        outcome["compare"]["differences"] = compare(outcome, outcome["compare"])
-    if rm:
-        outcome["duel"] = duel(outcome, data["reward"], rm, args)
-    if "mt_bench" in data:
-        lines = [json.dumps(sample["fastchat"]) + "\n" for sample in outcome["samples"]["mt_bench"]]
-        write_new(args.answers, "".join(lines))
-    if args.out:
-        write_new(args.out, json.dumps(outcome, indent=2) + "\n")
+    with ExitStack() as undo:  # what is to be done if this run fails
+        for path in filter(None, (args.out, args.answers)):
+            try:
+                open(path, "x").close()  # so that no other run takes this name
+            except OSError as error:
+                die(f"{path}: {error.strerror}; choose a file that does not exist yet")
+            undo.callback(os.remove, path)
+        # Mistakes in the data or in the other models should show before the first model works for hours.
+        lms = [open_lm(path, args) for path in (args.model, args.compare) if path]
+        rm = load_reward_model(args) if "reward" in args.tasks else None
+        data = {name: read_task(name, lms, rm, args) for name in args.tasks}
+        packages = {name: version(name) for name in ("torch", "transformers", "datasets")}
+        outcome = {"version": 2, "scores as": "lm_eval 0.4.13", "packages": packages, "settings": vars(args)}
+        outcome |= evaluate(lms[0], data, args)
+        if args.compare:
+            outcome["compare"] = evaluate(lms[1], data, args)
+            outcome["compare"]["differences"] = compare(outcome, outcome["compare"])
+        if rm:
+            outcome["duel"] = duel(outcome, data["reward"], rm, args)
+        if "mt_bench" in data:
+            lines = [json.dumps(sample["fastchat"]) + "\n" for sample in outcome["samples"]["mt_bench"]]
+            Path(args.answers).write_text("".join(lines), encoding="utf-8")
+        if args.out:
+            Path(args.out).write_text(json.dumps(outcome, indent=2) + "\n", encoding="utf-8")
+        undo.pop_all()
     return outcome
 
 
-def write_new(path, text):
-    """Write a file. If another program has created it during the run, take another name."""
-    while os.path.exists(path):
-        path = f"{path}.new"
-    Path(path).write_text(text, encoding="utf-8")
-
-
-def read_task(name, args):
+def read_task(name, lms, rm, args):
     """The problems of a task, up to --limit, with their few-shot examples."""
     task = TASKS[name]
     split, *fewshot_split = task.splits.split()
     k = task.num_fewshot if args.shots is None or not fewshot_split else args.shots
-    everything = read_split(name, split, args)
-    pool = read_split(name, fewshot_split[0], args) if k else []
+    if task.read is read_demonstration:  # gsil.py says which columns are used, and leaves out rows
+        encode_row = partial(read_demonstration, lms=lms, rm=rm, name=name)
+        everything = gsil.read_demos(args.data.get(name, task.hub), split, encode_row)
+    else:
+        everything = read_split(name, split, lms, args)
+    pool = read_split(name, fewshot_split[0], lms, args) if k else []
     needed = k + (k > 0 and task.sampler == "others")
     problems = []
     # Each of MMLU's subjects has its own examples and its own --limit. Other tasks are one subject.
@@ -712,39 +760,30 @@ def read_task(name, args):
         part = part[: math.ceil(limit * len(part)) if limit < 1 else int(limit)]
         draw_examples(rest, k, part, task.sampler)
         problems += part
+    for problem in problems if not task.own else []:
+        problem["asked"] = {lm.path: ask(name, problem, lm, args) for lm in lms}
     return problems
 
 
-def read_split(name, split, args):
-    """The problems of a split. An unusable row ends the run, but answers may leave out a tenth."""
-    problems, unusable = [], []
+def read_split(name, split, lms, args):
+    """The problems of a split. An unusable row ends the run, as a benchmark must be whole."""
+    problems, task = [], TASKS[name]
+    read = partial(task.read, lms=lms) if task.own else task.read
     for place, row in find_rows(name, split, args):
         try:
             filled = {column: value for column, value in row.items() if value is not None}
-            problems.append({"row": row, "subject": name, "groups": [name]} | TASKS[name].read(filled))
-        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            problems.append({"row": row, "subject": name, "groups": [name]} | read(filled))
+        except (AttributeError, IndexError, KeyError, TemplateError, TypeError, ValueError) as error:
             reason = f"{error} is missing" if isinstance(error, KeyError) else error
-            unusable.append(f"{place}: {reason}; found {row!r:.400}")
-    if len(unusable) > (len(problems) / 9 if name == "answers" else 0):
-        die(unusable[0])
-    if unusable:
-        print(f"warning: {name}: {len(unusable)} rows are left out, the first is {unusable[0]}")
+            die(f"{place}: {reason}; found {row!r:.400}")
     return problems
 
 
 def find_rows(name, split, args):
     """(place, row) pairs of a split, from --data (a file, or a folder with all splits) or the Hub."""
     task = TASKS[name]
-    if name not in args.data:
-        import datasets  # slow to import, and not needed for files
-
-        try:
-            rows = datasets.load_dataset(*task.hub.split(), split=split)
-        except Exception as error:  # noqa: BLE001 (the library may raise anything)
-            die(f"{task.hub}, instead of --data {name}=PATH: {' '.join(str(error).split())}")
-        return [(f"{task.hub} row {n}", row) for n, row in enumerate(rows, 1)]
-    path = Path(args.data[name])
-    if split == task.splits.split()[0] and not path.is_dir():
+    path = Path(args.data.get(name, task.hub))
+    if name not in args.data or (split == task.splits.split()[0] and not path.is_dir()):
         return read_rows(str(path), split)
     folder = path if path.is_dir() else path.parent
     files = [*folder.glob(f"{split}.*")]
@@ -757,10 +796,10 @@ def find_rows(name, split, args):
     return read_rows(str(files[0]), split)
 
 
-def evaluate(path, data, args):
+def evaluate(lm, data, args):
     """Evaluate one model on {task: problems} -> its results and its samples, by task."""
-    lm = load_lm(path, args)
-    outcome = {"model": path, "results": {}, "samples": {}}
+    lm = load_lm(lm, args)
+    outcome = {"model": lm.path, "results": {}, "samples": {}}
     for name, problems in data.items():
         samples = TASKS[name].run(name, problems, lm, args)
         outcome["samples"][name] = [{"doc_id": n} | sample for n, sample in enumerate(samples)]
@@ -777,27 +816,42 @@ def evaluate(path, data, args):
 # What counts of a generation config; the rest changes the number or the distribution of the responses
 KEPT = ["eos_token_id", "stop_strings", "repetition_penalty", "no_repeat_ngram_size", "bad_words_ids"]
 KEPT += ["sequence_bias", "suppress_tokens", "begin_suppress_tokens", "min_length", "min_new_tokens"]
-# cache_size and eos_ids: see try_model and load_lm; a reward model needs neither them nor a window
-LM = namedtuple("LM", "model tokenizer window cache_size eos_ids")
+# What is known of a model before its weights are loaded, and then model and cache_size; eos_ids: where
+# a response ends in own tasks; longest: {task: most new tokens}; cache_size: see find_cache_size
+LM = namedtuple("LM", "path tokenizer config eos_ids window longest model cache_size", defaults=(None, None))
 
 
-def load_lm(path, args):
+def open_lm(path, args):
+    """What config and tokenizer tell of a model to evaluate, or why they cannot be used."""
+    tokenizer, config = load_tokenizer(path, args), load(transformers.AutoConfig, path, "config")
+    if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+        die(f"{path}: {config.model_type} is not a causal language model")
+    window, longest = find_window(config, tokenizer), {}
+    for name in args.tasks:
+        task = TASKS[name]
+        half = min(task.max_new_tokens, window // 2)
+        longest[name] = args.max_new_tokens or (half if task.own else task.max_new_tokens)
+        if task.run is not run_choices and longest[name] >= window:
+            die(f"--max-new-tokens {longest[name]}: no room for a prompt in the window of {window}")
+    ids, read = tokenizer("\n    return 1").input_ids, partial(tokenizer.decode, skip_special_tokens=True)
+    lost = any(read(ids[:n]) + read(ids[n:]) != read(ids) for n in range(len(ids)))
+    if lost and "humaneval" in str(args.tasks):
+        print(f"warning: {path}: decoding removes blanks where a response begins, so right programs fail")
+    return LM(path, tokenizer, config, gsil.find_eos_ids(path, config, tokenizer), window, longest)
+
+
+def load_lm(lm, args):
     """The model to evaluate. What its scores depend on is printed: dtype, window, BOS."""
-    tokenizer = load_tokenizer(path, args)
-    model = load_model(transformers.AutoModelForCausalLM, path, "causal language model", args)
+    model, tokenizer = load_model(transformers.AutoModelForCausalLM, lm.path, args), lm.tokenizer
     kept = {name: getattr(model.generation_config, name, None) for name in KEPT}
     model.generation_config = transformers.GenerationConfig(**kept)
-    window = find_window(model.config, tokenizer)
     begin = tokenizer.bos_token if tokenizer("a").input_ids[0] == tokenizer.bos_token_id else "no BOS token"
     about = f"{model.num_parameters():,} parameters, {str(model.dtype)[6:]}, {model.device}"
-    print(f"model {path}: {about}; window {window}; prompts begin with {begin}")
-    return LM(model, tokenizer, window, try_model(model), find_eos_ids(model, tokenizer))
-
-
-def find_eos_ids(model, tokenizer):
-    """The ids that end a response: the tokenizer's EOS, and those of the model's generation config."""
-    listed = model.generation_config.eos_token_id  # an id, ids or None
-    return {tokenizer.eos_token_id, *(listed if isinstance(listed, list) else [listed])} - {None}
+    print(f"model {lm.path}: {about}; window {lm.window}; prompts begin with {begin}")
+    lm = lm._replace(model=model, cache_size=find_cache_size(model))
+    if model.dtype == torch.float32:  # in 16 bits rounding alone would fail gsil.py's trial
+        gsil.try_model(model, [{"prompt_ids": to_ids(lm, "Question: What is 1 + 1?"), "real_ids": []}])
+    return lm
 
 
 def find_window(config, tokenizer):
@@ -812,9 +866,10 @@ def find_window(config, tokenizer):
 
 
 @torch.no_grad()
-def try_model(model):
-    """A trial: how many tokens does the key-value cache hold? None: the model keeps other states, too."""
+def find_cache_size(model):
+    """How many tokens does the key-value cache hold? None: the model keeps other states, too."""
     out = model(torch.tensor([[0, 0]], device=model.device), use_cache=True)
+    check_nan(out.logits, model.name_or_path)
     cache = getattr(out, "past_key_values", None)
     if type(cache).__name__ != "DynamicCache":
         die(f"{model.name_or_path}: {model.config.model_type} has no key-value cache, it cannot be used")
@@ -834,11 +889,12 @@ BEAVER = (
 def load_reward_model(args):
     """PKU-Alignment's head is called score_head. Its bias is left out: it shifts all rewards alike."""
     template = {"beaver": BEAVER}.get(args.reward_template, args.reward_template)
-    tokenizer = load_tokenizer(args.reward_model, args, template)
-    kind, what = transformers.AutoModelForSequenceClassification, "reward model with num_labels=1"
+    path, tokenizer = args.reward_model, load_tokenizer(args.reward_model, args, template)
     options = {"num_labels": 1, "key_mapping": {"^score_head": "score"}}
-    model = load_model(kind, args.reward_model, what, args, **options)
-    return LM(model, tokenizer, None, None, None)
+    model = load_model(transformers.AutoModelForSequenceClassification, path, args, **options)
+    eos_ids = gsil.find_eos_ids(path, model.config, tokenizer)
+    window = find_window(model.config, tokenizer)
+    return LM(path, tokenizer, model.config, eos_ids, window, {}, model)
 
 
 def load_tokenizer(path, args, template=None):
@@ -847,20 +903,35 @@ def load_tokenizer(path, args, template=None):
     if tokenizer.eos_token is None:
         die(f"{path}: its tokenizer has no EOS token, so no response could end")
     templates = tokenizer.chat_template = template or tokenizer.chat_template or {}  # one, or several by name
-    needed = args.chat or any(TASKS[name].chat for name in args.tasks)
+    needed = args.chat or any(TASKS[name].own for name in args.tasks)
     if needed and not isinstance(templates, str) and "default" not in templates:
         names = ", ".join(templates) or "none; see --reward-template"
         die(f"{path}: --chat, answers, reward and mt_bench need a default chat template; it has {names}")
     return tokenizer
 
 
-def load_model(kind, path, what, args, **options):
+def load_model(kind, path, args, **options):
     """A model of this kind, in evaluation mode. Weights that its files lack would be random."""
-    options |= {"dtype": args.dtype, "use_safetensors": True, "output_loading_info": True}
+    reward = "num_labels" in options
+    what = "reward model with num_labels=1" if reward else "causal language model"
+    options |= {"dtype": args.dtype, "use_safetensors": True, "return_dict": True}
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     model, info = load(kind, path, what, **options)
     if info["missing_keys"]:
         die(f"{path} lacks the weights {', '.join(sorted(info['missing_keys'])):.200}")
-    return model.eval().to(args.device)
+    for name, size, expected in info["mismatched_keys"]:
+        die(f"{path}: the weight {name} has the size {[*size]}, but its {what} needs {[*expected]}")
+    unused = sorted(info["unexpected_keys"])
+    no_heads = (model.base_model_prefix, "lm_head.", "normalizer.", "score.bias", "score_head.bias")
+    known = {re.sub(r"\d+", "", name) for name in model.state_dict()}
+    wrong = [name for name in unused if re.sub(r"\d+", "", name) in known]  # of layers that it lacks
+    wrong += [name for name in unused if reward and not name.startswith(no_heads)]
+    if wrong:
+        die(f"{path}: the model by config.json has no place for the weights {', '.join(wrong):.200}")
+    if unused:
+        print(f"warning: {path}: {len(unused)} weights are not used: {', '.join(unused):.200}")
+    # Quantized weights are on the device already, and some of them cannot be moved.
+    return model.eval() if model.device.type == args.device else model.eval().to(args.device)
 
 
 def chunks(items, size):

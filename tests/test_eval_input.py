@@ -8,9 +8,7 @@ import sys
 
 import pytest
 from conftest import ROOT
-from helpers import ARC_ROW, GSM_ROW, refused, write_jsonl
-
-import eval as ev
+from helpers import ARC_ROW, GSM_ROW, evaluate, refused, write_jsonl
 
 SWAG_ROW = {"activity_label": "Tea", "ctx_a": "A man", "ctx_b": "", "endings": ["a", "[step]"], "label": "0"}
 MMLU_ROW = {"question": "Which?", "subject": "anatomy", "choices": ["a", "b", "c", "d"], "answer": 4}
@@ -35,29 +33,28 @@ BAD_ROWS = [  # task, row, what the sentence says
 
 
 @pytest.mark.parametrize("task, row, says", BAD_ROWS)
-def test_bad_rows(task, row, says, tmp_path, capsys):
+def test_bad_rows(task, row, says, tmp_path, inputs, capsys):
     """Most of these would be scored as silent zeros, as lm_eval does."""
     file = write_jsonl(tmp_path / "test.jsonl", [row])
-    flags = f"--model nowhere --tasks {task} --data {file} --shots 0 --allow-code-execution --answers {file}0"
-    refused(capsys, flags, f"error: {file} row 1: ", says)
+    flags = f"{inputs} --tasks {task} --data {file} --shots 0 --allow-code-execution --answers {file}0"
+    refused(capsys, flags, "error: ", f"{file} row 1: ", says)
 
 
-def test_one_bad_row_in_ten_is_left_out_of_answers(tmp_path, capsys):
+def test_one_bad_row_in_ten_is_left_out_of_answers(tmp_path, inputs, capsys):
     """The file that one trained on could not be asked, or a benchmark would silently lose problems."""
     bad = GSM_ROW | {"answer": 2}
     file = write_jsonl(tmp_path / "x.jsonl", [GSM_ROW] * 9 + [bad])
-    problems = ev.read_task("answers", ev.parse_args(["--data", str(file)]))
-    said = capsys.readouterr().out
-    assert len(problems) == 9 and f"1 rows are left out, the first is {file} row 10" in said
-    refused(capsys, f"--tasks gsm8k --shots 0 --data {file}", "row 10")
-    refused(capsys, f"--data {write_jsonl(file, [GSM_ROW] * 8 + [bad])}", "row 9")
+    assert evaluate(f"{inputs} --data {file}")["results"]["answers"]["n"] == 9
+    assert f"1 of 10 rows are left out, such as {file} row 10" in capsys.readouterr().out
+    refused(capsys, f"{inputs} --tasks gsm8k --shots 0 --data {file}", "row 10")
+    refused(capsys, f"{inputs} --data {write_jsonl(file, [GSM_ROW] * 8 + [bad])}", "row 9")
 
 
-def test_too_few_rows(tmp_path, capsys):
+def test_too_few_rows(tmp_path, inputs, capsys):
     """A traceback would not say where few-shot examples come from, nor that there may be none."""
     write_jsonl(tmp_path / "train.jsonl", [GSM_ROW] * 3)
     write_jsonl(tmp_path / "test.jsonl", [GSM_ROW])
-    flags = f"--tasks gsm8k --model nowhere --data {tmp_path}"
+    flags = f"{inputs} --tasks gsm8k --data {tmp_path}"
     refused(capsys, flags, "3 rows for 5 few-shot examples")
     (tmp_path / "train.jsonl").unlink()
     refused(capsys, flags, f"{tmp_path}: should have one train.jsonl", "--shots 0")
@@ -132,10 +129,7 @@ def test_a_run_that_fails_at_its_second_task_writes_nothing(inputs, tmp_path, ca
     assert not (tmp_path / "new.jsonl").exists()
 
 
-def test_a_file_that_appears_during_the_run(inputs, tmp_path):
+def test_the_file_of_results_is_taken_at_the_start(inputs, tmp_path, capsys):
     """Of two runs that start with one --out, the second to end would overwrite the first."""
-    args = ev.parse_args(f"{inputs} --out {tmp_path}/x.json".split())
-    (tmp_path / "x.json").write_text("theirs")
-    ev.main(args)
-    assert (tmp_path / "x.json").read_text() == "theirs"
-    assert json.loads((tmp_path / "x.json.new").read_text())["results"]["answers"]["n"] == 6
+    refused(capsys, f"{inputs} --data {tmp_path}/x.jsonl --out {tmp_path}/x.jsonl", "no rows")  # it is there
+    assert not (tmp_path / "x.jsonl").exists()  # and of a refused run it is not in the way

@@ -90,9 +90,9 @@ def test_models_that_cannot_be_asked(tmp_path, capsys):
     broken = tiny_model()
     broken.lm_head.weight.data[5, 0] = math.nan
     model = save(tmp_path / "broken", broken)
-    refused(capsys, f"--model {model} {gsm}", "NaN", "answers")
+    refused(capsys, f"--model {model} {gsm}", f"{model}: ", "NaN")
     write_jsonl(tmp_path / "arc.jsonl", [ARC_ROW])
-    refused(capsys, f"--model {model} {arc}", "NaN", "arc_easy")
+    refused(capsys, f"--model {model} {arc}", "NaN")
 
 
 def responses_of(folder, flags=""):
