@@ -7,16 +7,13 @@ model and data, prompts, responses, log-likelihoods and metrics are the same; se
     generation         gsm8k extracts a number from the response, humaneval runs the program in it
     multiple choice    arc, hellaswag, winogrande, truthfulqa, mmlu: the likeliest choice is the answer
     not in lm_eval     answers asks as gsil.py and irft.py train; reward is the win rate under a
-                       reward model; mt_bench writes responses for FastChat's judge
-
-These three measure as gsil.py does: its prompts and its samples from the plain softmax, to which a
-model's generation config, such as a repetition penalty, adds nothing; on a GPU in bfloat16.
+                       reward model; mt_bench writes responses for FastChat's judge. These prompt
+                       and sample as gsil.py does: no penalties, on a GPU in bfloat16
 
 Two models answer the same problems, so --compare tests their differences problem by problem.
 
     python eval.py                                  # the toy's base model on its held-out problems
-    python eval.py --model runs/gsil-logistic-1/round_1 --compare tests/toy/base
-    python eval.py --model M --tasks gsm8k,humaneval --allow-code-execution --out scores.json
+    python eval.py --model runs/gsil-logistic-1/round_1 --compare tests/toy/base --out scores.json
 """
 
 import argparse
@@ -109,10 +106,9 @@ def parse_args(argv=None):
 
 # ---- 1. Prompts -----------------------------------------------------------------------------
 def draw_examples(pool, k, problems, sampler):
-    """Give each problem k few-shot examples from the pool, the same ones as lm_eval. One random stream
-    serves all problems, so their order matters. The sampler is "random"; "first_n", the first k of the
-    pool; or "others", random ones without the problem itself, for tasks without a test split."""
-    stream = random.Random(1234)  # lm_eval's default seed
+    """Give each problem k few-shot examples from the pool, the same ones as lm_eval. sampler: "random";
+    "first_n", the first k of the pool; or "others", random ones without the problem itself."""
+    stream = random.Random(1234)  # lm_eval's default seed; it serves all problems, so order matters
     for problem in problems:
         if k == 0 or sampler == "first_n":
             drawn = pool[:k]
@@ -136,21 +132,17 @@ def build_prompt(problem, tokenizer=None):
     turns = [turn("system", description)] if description else []
     for example in problem["examples"]:
         turns += [turn("user", example["question"]), turn("assistant", example["target"])]
-    turns += problem.get("turns") or [turn("user", problem["question"])]
+    turns.append(turn("user", problem["question"]))
     turns += [turn("assistant", gen_prefix)] if gen_prefix else []
     begun = turns[-1]["role"] == "assistant"
     options = {"tokenize": False, "add_generation_prompt": not begun, "continue_final_message": begun}
-    for messages in (turns, [one for one in turns if one["role"] != "system"]):  # as lm_eval tries it
-        try:
+    spoken = [one for one in turns if one["role"] != "system"]
+    for messages in (turns, spoken):  # a template may refuse a system turn, then lm_eval drops it
+        with suppress(TemplateError):
             prompt = tokenizer.apply_chat_template(messages, **options)
-        except TemplateError as error:
-            reason = f"the chat template refuses this conversation: {error}"
-            continue
-        lost = [one for one in turns if one["role"] != "system" and one["content"].strip() not in prompt]
-        if not lost:
-            return prompt
-        reason = f"the chat template changes or drops the turn {lost[0]!r:.200}"
-    die(f"{tokenizer.name_or_path}: {reason}")
+            if all(one["content"].strip() in prompt for one in spoken):
+                return prompt
+    die(f"{tokenizer.name_or_path}: the chat template refuses, changes or drops a turn of {turns!r:.300}")
 
 
 def turn(role, text):
@@ -161,8 +153,7 @@ def to_ids(lm, text):
     """Text -> token ids. If the tokenizer adds BOS it comes first, unless the text begins with it."""
     has_bos = lm.tokenizer.bos_token and text.startswith(lm.tokenizer.bos_token)
     ids = lm.tokenizer(text, add_special_tokens=not has_bos).input_ids
-    known = lm.config.get_text_config().vocab_size
-    if max(ids, default=0) >= known:
+    if max(ids, default=0) >= (known := lm.config.get_text_config().vocab_size):
         token = lm.tokenizer.convert_ids_to_tokens(max(ids))
         die(f"the tokenizer gives {token!r} the id {max(ids)}, the model has only {known} embeddings")
     return ids
@@ -197,27 +188,25 @@ def ask(name, problem, lm, args):
 
 # ---- 2. Generation: what does the model respond? --------------------------------------------
 def generate(lm, prompts, stop, max_new_tokens, temperature, batch_size, name=""):
-    """Prompts (lists of token ids) -> [(response, was it cut at max_new_tokens?)], as in lm_eval: the
-    generation config applies (see KEPT), a response ends before the first stop sequence or at the
-    EOS of tokenizer or generation config, and one that is not special stays in the text."""
+    """Prompts (lists of token ids) -> [(response, was it cut at max_new_tokens?)]. A response ends as in
+    lm_eval, where an EOS that is not special stays in the text. The generation config applies: see KEPT."""
     model, tokenizer = lm.model, lm.tokenizer
     listed = model.generation_config.eos_token_id  # an id, ids or None
     eos_ids = {tokenizer.eos_token_id, *(listed if isinstance(listed, list) else [listed])} - {None}
     stop = [*stop, *(model.generation_config.stop_strings or []), tokenizer.eos_token]
     tail = max(len(text.encode()) for text in stop) + 2  # the last `tail` tokens hold any of them
-    options = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
+    options = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0, "use_cache": True}
     options |= {"temperature": temperature or None, "top_k": 0, "top_p": 1.0}  # the whole distribution
     options |= {"eos_token_id": sorted(eos_ids), "pad_token_id": tokenizer.eos_token_id}
-    options |= {"use_cache": True, "stop_strings": None}  # `cut` knows the stop strings
-    options["logits_processor"] = [lambda ids, logits: check_nan(logits, name)]
+    options |= {"stop_strings": None, "logits_processor": [lambda ids, logits: check_nan(logits, name)]}
     if lm.cache_size and model.device.type == "cpu":
         options["prefill_chunk_size"] = max(1, 1024 // batch_size)  # fastest at 1000 tokens a pass
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # too little memory shows early
     responses = [None] * len(prompts)
-    for rows in tqdm(chunks(order, batch_size), desc=name, leave=False, disable=None):
-        batch = [prompts[i] for i in rows]
-        ids = pad(batch, "left", model.device)  # (B, P)
-        mask = pad([[1] * len(row) for row in batch], "left", model.device)  # (B, P)
+    for n in tqdm(range(0, len(order), batch_size), desc=name, leave=False, disable=None):
+        rows = order[n : n + batch_size]
+        ids = pad([prompts[i] for i in rows], "left", model.device)  # (B, P)
+        mask = pad([[1] * len(prompts[i]) for i in rows], "left", model.device)  # (B, P)
         width = ids.shape[1]
 
         def stopped(ids, scores, start=width, **_):
@@ -247,29 +236,22 @@ def check_nan(logits, name):
     return logits
 
 
-def respond(name, lm, prompts, temperature, args):
-    """The responses in tasks that are not lm_eval's, sampled, ended and decoded as gsil.py does it."""
-    options = (lm.eos_ids, lm.longest[name], temperature, args.batch_size, f"{args.seed} {name}")
-    responses = gsil.sample(lm.model, prompts, *options)
-    return [(gsil.decode(ids, lm), ids[-1] not in lm.eos_ids) for ids in responses]
-
-
 def run_generation(name, problems, lm, args):
     """Let the model respond to all problems -> a sample for each: prompt, responses, metrics."""
     task, samples = TASKS[name], [{**problem["asked"][lm.path]} for problem in problems]
     prompts = [ids for sample in samples for ids in [sample.pop("ids")] * args.samples]
+    options = (lm.longest[name], args.temperature, args.batch_size)
     if task.own:
-        responses = respond(name, lm, prompts, args.temperature, args)
+        rows = gsil.sample(lm.model, prompts, lm.eos_ids, *options, f"{args.seed} {name}")
+        responses = [(gsil.decode(ids, lm), ids[-1] not in lm.eos_ids) for ids in rows]
     else:
         torch.manual_seed(args.seed)
-        options = (task.stop, lm.longest[name], args.temperature, args.batch_size)
-        responses = generate(lm, prompts, *options, name)
-    for sample, part in zip(samples, chunks(responses, args.samples)):
+        responses = generate(lm, prompts, task.stop, *options, name)
+    for n, sample in enumerate(samples):
+        part = responses[n * args.samples : (n + 1) * args.samples]
         sample["responses"] = [text for text, _ in part]
         sample["unfinished"] = sum(was_cut for _, was_cut in part)
         sample["empty"] = sum(not text.strip() for text, _ in part)
-    if not task.score:
-        return [sample | {"metrics": {}} for sample in samples]
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # threads suffice, as programs run in processes
         scores = pool.map(task.score, problems, [sample["responses"] for sample in samples])
     return [sample | score for sample, score in zip(samples, scores)]
@@ -363,8 +345,7 @@ def exact_match(problem, responses, strict):
     extracted, metrics = {}, {}
     for name, which in filters.items():
         extracted[name] = [extract(*which, text) for text in responses]
-        right = [normalize(number) == problem["gold"] for number in extracted[name]]
-        metrics[f"exact_match,{name}"] = fmean(right)
+        metrics[f"exact_match,{name}"] = fmean(normalize(x) == problem["gold"] for x in extracted[name])
     return {"gold": problem["gold"], "extracted": extracted, "metrics": metrics}
 
 
@@ -391,11 +372,10 @@ import contextlib, json, os, resource
 program, seconds = json.load(open("job.json"))
 source, answer, nowhere = os.dup(0), os.dup(1), os.open(os.devnull, os.O_RDWR)
 for stream in (0, 1, 2): os.dup2(nowhere, stream)
-limits = dict(AS=4 << 30, CPU=int(seconds) + 1, FSIZE=1 << 20, CORE=0)
-with contextlib.suppress(OSError, ValueError):  # Linux: as many processes and threads as there are, and 256
-    limits["NPROC"] = int(open("/proc/loadavg").read().split()[3].split("/")[1]) + 256
-for name, most in limits.items():
-    with contextlib.suppress(ValueError, OSError, AttributeError):  # not every system has all of them
+for name, most in dict(AS=4 << 30, CPU=int(seconds) + 1, FSIZE=1 << 20, CORE=0, NPROC=None).items():
+    with contextlib.suppress(AttributeError, IndexError, OSError, ValueError):  # not every system has all
+        if most is None:  # on Linux 256 more than all processes and threads that there are
+            most = int(open("/proc/loadavg").read().split()[3].split("/")[1]) + 256
         resource.setrlimit(getattr(resource, "RLIMIT_" + name), (most, most))
 read, write, leave = os.read, os.write, os._exit
 exec(compile(program, "candidate.py", "exec"), {})
@@ -427,51 +407,43 @@ def passes(program, seconds=3.0):
 @torch.no_grad()
 def rewards(rm, problems, responses=None):
     """The reward of each response, a float, read where irft.py fits it: at the EOS that ends gsil.encode's
-    ids; without responses of the data's. None for one that the reward model's tokenizer cannot take."""
+    ids. Without responses those of the data."""
     rm.model.config.get_text_config().pad_token_id = None  # else EOS would be skipped as a pad
-    begin = rm.tokenizer("a").input_ids[:1]  # BEAVER has no BOS, as its tokenizer adds one
-    begin = begin if rm.tokenizer.chat_template == BEAVER and begin == [rm.tokenizer.bos_token_id] else []
-    ends, values = [text for text in map(rm.tokenizer.decode, rm.eos_ids) if text], []
+    # BEAVER has no BOS, as its tokenizer adds one.
+    begin = rm.tokenizer("").input_ids if rm.tokenizer.chat_template == BEAVER else []
+    values, unreadable = [], 0
     for i, problem in enumerate(tqdm(problems, "rewards", leave=False, disable=None)):
-        demo, text = problem["demo"], cut(responses[i], ends).strip() if responses else None
-        try:
-            if text:
-                turns = [*problem["turns"], turn("assistant", text)]
-                demo = gsil.encode({"messages": turns}, rm.tokenizer, rm.eos_ids)
-            # An empty response is EOS alone, the one in which the data's ends.
-            real_ids = demo["real_ids"][-1:] if text == "" else demo["real_ids"]
-            ids = begin + demo["prompt_ids"] + real_ids
-            check(len(ids) <= rm.window, "the reward model's window is too short")
-        except (TemplateError, ValueError):
-            values.append(None)
-            continue
-        logits = rm.model(torch.tensor([ids], device=rm.model.device)).logits
+        ids = problem["demo"]["prompt_ids"] + problem["demo"]["real_ids"]
+        if responses:
+            text = cut(responses[i], filter(None, map(rm.tokenizer.decode, rm.eos_ids))).strip()
+            try:
+                turns = {"messages": [*problem["turns"], turn("assistant", text)]}
+                demo = gsil.encode(turns, rm.tokenizer, rm.eos_ids)
+                ids = demo["prompt_ids"] + demo["real_ids"]
+                check(len(ids) <= rm.window, "it does not fit the window")
+            except (TemplateError, ValueError):  # an empty one is EOS alone, as after the data's response
+                ids = problem["demo"]["prompt_ids"] + problem["demo"]["real_ids"][-1:]
+                unreadable += text != ""
+        logits = rm.model(torch.tensor([begin + ids], device=rm.model.device)).logits
         values.append(check_nan(logits, "reward").item())
+    if unreadable:
+        print(f"warning: reward: {unreadable} responses are no text for the reward model, so count as empty")
     return values
 
 
 def duel(outcome, problems, rm, args):
     """How often do the responses get more reward than those of --compare, or than the data's?"""
-    ours = [sample["responses"][0].strip() for sample in outcome["samples"]["reward"]]
-    theirs = [problem["response"] for problem in problems]
-    if args.compare:
-        samples = outcome["compare"]["samples"]["reward"]
-        theirs = [sample["responses"][0].strip() for sample in samples]
-    values = [rewards(rm, problems, ours), rewards(rm, problems, theirs if args.compare else None)]
-    kept = [i for i, pair in enumerate(zip(*values)) if None not in pair]
-    if len(kept) < len(problems):
-        print(f"warning: reward: {len(problems) - len(kept)} responses cannot be read by the reward model")
-    if not kept:
-        die("--reward-model: it can read none of the responses")
-    a, b = ([side[i] for i in kept] for side in values)
+    sides = [outcome, *([outcome["compare"]] if args.compare else [])]
+    ours, *others = [[x["responses"][0].strip() for x in side["samples"]["reward"]] for side in sides]
+    theirs = others[0] if others else [problem["response"] for problem in problems]
+    a, b = rewards(rm, problems, ours), rewards(rm, problems, *others)
     wins, ties = sum(x > y for x, y in zip(a, b)), sum(x == y for x, y in zip(a, b))
     result = {"against": args.compare or "the data", "n": len(a), "wins": wins, "ties": ties}
     result |= {"win_rate": wins / len(a), "reward": fmean(a), "other_reward": fmean(b)}
     result |= paired_difference(a, b)
-    # Reward models are known to prefer long responses.
     result |= {"characters": fmean(map(len, ours)), "other_characters": fmean(map(len, theirs))}
     print_table([["reward", ""], *result.items()])
-    return result | {"rewards": values[0], "other_rewards": values[1]}
+    return result | {"rewards": a, "other_rewards": b}
 
 
 # The temperature by category, otherwise 0.7: FastChat 0e6d3e4b, llm_judge/common.py
@@ -480,36 +452,34 @@ TEMPERATURES = {"stem": 0.1, "humanities": 0.1, "extraction": 0, "math": 0, "cod
 
 def run_mt_bench(name, problems, lm, args):
     """Ask both questions of each problem, the second one after the answer to the first."""
-    samples, settings = [], argparse.Namespace(**vars(args) | {"seed": 0})
-    room = lm.window - lm.longest[name]  # a longer prompt loses its beginning
+    samples, room = [], lm.window - lm.longest[name]  # a longer prompt loses its beginning
     for problem in tqdm(problems, name, leave=False, disable=None):
         temperature = TEMPERATURES.get(problem["category"], 0.7)
-        turns, sample = [], dict.fromkeys(CAUSES, 0)
+        settings = argparse.Namespace(**vars(args) | {"temperature": temperature, "seed": 0, "samples": 1})
+        turns, parts = [], []
         for question in problem["questions"]:
             turns.append(turn("user", question))
             prompt = lm.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
             ids = lm.tokenizer.encode(prompt, add_special_tokens=False)
-            [(text, was_cut)] = respond(name, lm, [ids[-room:]], temperature, settings)
-            turns.append(turn("assistant", text.strip()))
-            sample["truncated"] += len(ids) > room
-            sample["unfinished"] += was_cut
-            sample["empty"] += not text.strip()
+            asked = {"prompt": prompt, "truncated": len(ids) > room, "ids": ids[-room:]}
+            parts += run_generation(name, [{"asked": {lm.path: asked}}], lm, settings)
+            turns.append(turn("assistant", parts[-1]["responses"][0].strip()))
         responses = [message["content"] for message in turns if message["role"] == "assistant"]
         line = {"question_id": problem["id"], "answer_id": os.urandom(11).hex(), "tstamp": time.time()}
         line |= {"model_id": Path(args.answers).stem, "choices": [{"index": 0, "turns": responses}]}
-        samples.append(sample | {"responses": responses, "metrics": {}, "fastchat": line})
+        counts = {cause: sum(part[cause] for part in parts) for cause in CAUSES}
+        samples.append(counts | {"responses": responses, "metrics": {}, "fastchat": line})
     return samples
 
 
 # ---- 5. Tasks -------------------------------------------------------------------------------
 class Task(NamedTuple):
-    """A task as in lm_eval/tasks. A problem is a dict with question (the text asked), target (its answer
-    as a few-shot example) and gold (what the score compares with). Multiple choice adds choices, and
-    questions if each choice has its own; a conversation has turns."""
+    """A task as in lm_eval/tasks. A problem has question (the text asked), target (its answer in few-shot
+    examples), gold (what the score compares with) and perhaps choices, and questions if each has one."""
 
     hub: str  # NAME or NAME:CONFIGURATION of the data on the Hub, used without --data
     read: Callable  # turns a row of the data into a problem, or raises an error if it is unusable
-    score: Callable | None = None  # (problem, responses or log-likelihoods) -> metrics
+    score: Callable = lambda problem, said: {"metrics": {}}  # said: responses or log-likelihoods
     run: Callable = run_generation
     splits: str = "test"  # of the problems; and of the few-shot examples, if there can be any
     sampler: str = "random"  # of the few-shot examples, see draw_examples
@@ -531,8 +501,8 @@ def read_demonstration(row, lms, rm, name):
     asked = {}
     for lm in lms:
         demo = gsil.encode(row, lm.tokenizer, lm.eos_ids, lm.window - lm.longest[name])
-        known = lm.config.get_text_config().vocab_size
-        check(max(demo["prompt_ids"]) < known, f"a token is none of the model's {known} embeddings")
+        known = lm.config.get_text_config().vocab_size > max(demo["prompt_ids"])
+        check(known, "the model has no embedding for a token of the prompt")
         asked[lm.path] = {"prompt": demo["prompt"], "truncated": False, "ids": demo["prompt_ids"]}
     problem = {"row": row, "subject": name, "groups": [name], "turns": gsil.to_messages(row)[0][:-1]}
     problem |= {"response": demo["response"].strip(), "gold": demo["answer"], "asked": asked}
@@ -595,14 +565,12 @@ def read_winogrande(row):  # winogrande/preprocess_winogrande.py
 
 
 TRUTHFULQA_EXAMPLES = (
-    "Q: What is human life expectancy in the United States?\n"
-    "A: Human life expectancy in the United States is 78 years.\n\n"
-    "Q: Who was president of the United States in 1955?\n"
-    "A: Dwight D. Eisenhower was president of the United States in 1955.\n\n"
-    "Q: Which party did he belong to?\nA: He belonged to the Republican Party.\n\n"
-    "Q: What is the square root of banana?\nA: I have no comment.\n\nQ: How does a telescope work?\n"
-    "A: Telescopes use lenses or mirrors to focus light and make objects appear closer.\n\n"
-    "Q: Where were the 1992 Olympics held?\nA: The 1992 Olympics were held in Barcelona, Spain.\n\n"
+    "Q: What is human life expectancy in the United States?\nA: Human life expectancy in the United "
+    "States is 78 years.\n\nQ: Who was president of the United States in 1955?\nA: Dwight D. Eisenhower "
+    "was president of the United States in 1955.\n\nQ: Which party did he belong to?\nA: He belonged to "
+    "the Republican Party.\n\nQ: What is the square root of banana?\nA: I have no comment.\n\nQ: How does a "
+    "telescope work?\nA: Telescopes use lenses or mirrors to focus light and make objects appear "
+    "closer.\n\nQ: Where were the 1992 Olympics held?\nA: The 1992 Olympics were held in Barcelona, Spain.\n\n"
 )
 
 
@@ -617,16 +585,18 @@ def read_truthfulqa(row, targets="mc1_targets"):  # truthfulqa/truthfulqa_mc1.ya
 
 
 MMLU_SUBJECTS = {
-    "stem": """abstract_algebra anatomy astronomy college_biology college_chemistry college_computer_science
-        college_mathematics college_physics computer_security conceptual_physics electrical_engineering
-        elementary_mathematics high_school_biology high_school_chemistry high_school_computer_science
-        high_school_mathematics high_school_physics high_school_statistics machine_learning""",
-    "other": """business_ethics clinical_knowledge college_medicine global_facts human_aging management
-        marketing medical_genetics miscellaneous nutrition professional_accounting professional_medicine
-        virology""",
+    "stem": """abstract_algebra anatomy astronomy college_biology college_chemistry
+        college_computer_science college_mathematics college_physics computer_security
+        conceptual_physics electrical_engineering elementary_mathematics high_school_biology
+        high_school_chemistry high_school_computer_science high_school_mathematics
+        high_school_physics high_school_statistics machine_learning""",
+    "other": """business_ethics clinical_knowledge college_medicine global_facts human_aging
+        management marketing medical_genetics miscellaneous nutrition professional_accounting
+        professional_medicine virology""",
     "social_sciences": """econometrics high_school_geography high_school_government_and_politics
-        high_school_macroeconomics high_school_microeconomics high_school_psychology human_sexuality
-        professional_psychology public_relations security_studies sociology us_foreign_policy""",
+        high_school_macroeconomics high_school_microeconomics high_school_psychology
+        human_sexuality professional_psychology public_relations security_studies sociology
+        us_foreign_policy""",
     "humanities": """formal_logic high_school_european_history high_school_us_history
         high_school_world_history international_law jurisprudence logical_fallacies moral_disputes
         moral_scenarios philosophy prehistory professional_law world_religions""",
@@ -654,50 +624,39 @@ def read_mt_bench(row, lms):  # FastChat's llm_judge/data/mt_bench/question.json
     return {"id": row["question_id"], "category": row["category"], "questions": row["turns"]}
 
 
-CODE_STOP = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
+ARC, GSM8K = "allenai/ai2_arc:ARC", "openai/gsm8k:main"
+TRUTHFULQA = "truthfulqa/truthful_qa:multiple_choice"
+GSM8K_STOP, CODE_STOP = ("</s>", "<|im_end|>"), ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
+read_mc2 = partial(read_truthfulqa, targets="mc2_targets")
+# What several tasks have in common
+code = partial(Task, score=pass_at_1, stop=CODE_STOP, max_new_tokens=1024)
+choices = partial(Task, run=run_choices)
+commonsense = partial(choices, splits="validation train", sampler="others")
 TASKS = {
     "answers": Task("", read_demonstration, final_answer_match, own=True),
     "gsm8k": Task(
-        "openai/gsm8k:main",
+        GSM8K,
         partial(read_gsm8k, template="Question: {}\nAnswer:"),
         partial(exact_match, strict=r"#### (\-?[0-9\.\,]+)"),
         splits="test train",
         num_fewshot=5,
-        stop=("Question:", "</s>", "<|im_end|>"),
+        stop=("Question:", *GSM8K_STOP),
     ),
     "gsm8k_cot_zeroshot": Task(
-        "openai/gsm8k:main",
+        GSM8K,
         partial(read_gsm8k, template="Q: {}\nA: Let's think step by step."),
         partial(exact_match, strict=r"The answer is (\-?[0-9\.\,]+)."),
-        stop=("Q:", "</s>", "<|im_end|>"),
+        stop=("Q:", *GSM8K_STOP),
     ),
-    "humaneval": Task(
-        "openai/openai_humaneval", read_humaneval, pass_at_1, stop=CODE_STOP, max_new_tokens=1024
-    ),
-    "humaneval_instruct": Task(
-        "openai/openai_humaneval", read_humaneval_instruct, pass_at_1, stop=CODE_STOP, max_new_tokens=1024
-    ),
-    "arc_easy": Task("allenai/ai2_arc:ARC-Easy", read_arc, acc_and_acc_norm, run_choices, "test train"),
-    "arc_challenge": Task(
-        "allenai/ai2_arc:ARC-Challenge", read_arc, acc_and_acc_norm, run_choices, "test train"
-    ),
-    "hellaswag": Task(
-        "Rowan/hellaswag", read_hellaswag, acc_and_acc_norm, run_choices, "validation train", "others"
-    ),
-    "winogrande": Task(
-        "allenai/winogrande:winogrande_xl", read_winogrande, acc, run_choices, "validation train", "others"
-    ),
-    "truthfulqa_mc1": Task(
-        "truthfulqa/truthful_qa:multiple_choice", read_truthfulqa, acc, run_choices, "validation"
-    ),
-    "truthfulqa_mc2": Task(
-        "truthfulqa/truthful_qa:multiple_choice",
-        partial(read_truthfulqa, targets="mc2_targets"),
-        mc2,
-        run_choices,
-        "validation",
-    ),
-    "mmlu": Task("cais/mmlu:all", read_mmlu, acc, run_choices, "test dev", "first_n"),
+    "humaneval": code("openai/openai_humaneval", read_humaneval),
+    "humaneval_instruct": code("openai/openai_humaneval", read_humaneval_instruct),
+    "arc_easy": choices(f"{ARC}-Easy", read_arc, acc_and_acc_norm, splits="test train"),
+    "arc_challenge": choices(f"{ARC}-Challenge", read_arc, acc_and_acc_norm, splits="test train"),
+    "hellaswag": commonsense("Rowan/hellaswag", read_hellaswag, acc_and_acc_norm),
+    "winogrande": commonsense("allenai/winogrande:winogrande_xl", read_winogrande, acc),
+    "truthfulqa_mc1": choices(TRUTHFULQA, read_truthfulqa, acc, splits="validation"),
+    "truthfulqa_mc2": choices(TRUTHFULQA, read_mc2, mc2, splits="validation"),
+    "mmlu": choices("cais/mmlu:all", read_mmlu, acc, splits="test dev", sampler="first_n"),
     "reward": Task("Anthropic/hh-rlhf", read_demonstration, own=True),
     "mt_bench": Task("", read_mt_bench, run=run_mt_bench, max_new_tokens=1024, own=True),
 }
@@ -721,8 +680,8 @@ def main(args):
         lms = [open_lm(path, args) for path in (args.model, args.compare) if path]
         rm = load_reward_model(args) if "reward" in args.tasks else None
         data = {name: read_task(name, lms, rm, args) for name in args.tasks}
-        packages = {name: version(name) for name in ("torch", "transformers", "datasets")}
-        outcome = {"version": 2, "scores as": "lm_eval 0.4.13", "packages": packages, "settings": vars(args)}
+        outcome = {"version": 2, "scores as": "lm_eval 0.4.13", "settings": vars(args)}
+        outcome["packages"] = {name: version(name) for name in ("torch", "transformers", "datasets")}
         outcome |= evaluate(lms[0], data, args)
         if args.compare:
             outcome["compare"] = evaluate(lms[1], data, args)
@@ -766,34 +725,26 @@ def read_task(name, lms, rm, args):
 
 
 def read_split(name, split, lms, args):
-    """The problems of a split. An unusable row ends the run, as a benchmark must be whole."""
-    problems, task = [], TASKS[name]
-    read = partial(task.read, lms=lms) if task.own else task.read
-    for place, row in find_rows(name, split, args):
-        try:
-            filled = {column: value for column, value in row.items() if value is not None}
-            problems.append({"row": row, "subject": name, "groups": [name]} | read(filled))
-        except (AttributeError, IndexError, KeyError, TemplateError, TypeError, ValueError) as error:
-            reason = f"{error} is missing" if isinstance(error, KeyError) else error
-            die(f"{place}: {reason}; found {row!r:.400}")
-    return problems
-
-
-def find_rows(name, split, args):
-    """(place, row) pairs of a split, from --data (a file, or a folder with all splits) or the Hub."""
-    task = TASKS[name]
-    path = Path(args.data.get(name, task.hub))
-    if name not in args.data or (split == task.splits.split()[0] and not path.is_dir()):
-        return read_rows(str(path), split)
+    """The problems of a split, from --data (a file, or a folder with all splits) or the Hub. An unusable
+    row ends the run, as a benchmark must be whole."""
+    task, path = TASKS[name], Path(args.data.get(name, TASKS[name].hub))
     folder = path if path.is_dir() else path.parent
     files = [*folder.glob(f"{split}.*")]
-    if name == "mmlu" and not files:  # one folder for each subject
+    if name not in args.data or (split == task.splits.split()[0] and not path.is_dir()):
+        files = [path]
+    elif name == "mmlu" and not files:  # one folder for each subject, with its name
         files = sorted(folder.glob(f"*/{split}.*"))
-        rows = [(place, file, row) for file in files for place, row in read_rows(str(file), split)]
-        return [(place, row | {"subject": file.parent.name}) for place, file, row in rows]
-    if len(files) != 1:
+    elif len(files) != 1:
         die(f"{folder}: should have one {split}.jsonl (or .json, .csv, .parquet); --shots 0 needs no {split}")
-    return read_rows(str(files[0]), split)
+    problems, read = [], partial(task.read, lms=lms) if task.own else task.read
+    for file in files:
+        for place, row in read_rows(str(file), split):
+            try:
+                filled = {"subject": file.parent.name} | {k: v for k, v in row.items() if v is not None}
+                problems.append({"row": row, "subject": name, "groups": [name]} | read(filled))
+            except (AttributeError, IndexError, KeyError, TemplateError, TypeError, ValueError) as error:
+                die(f"{place}: {error}{' is missing' * isinstance(error, KeyError)}; found {row!r:.400}")
+    return problems
 
 
 def evaluate(lm, data, args):
@@ -807,8 +758,8 @@ def evaluate(lm, data, args):
         for problem, sample in zip(problems, samples):
             for group in problem["groups"]:
                 groups.setdefault(group, {}).setdefault(problem["subject"], []).append(sample)
-        shots = {"shots": len(problems[0]["examples"])}
-        outcome["results"] |= {group: summarize(*parts.values()) | shots for group, parts in groups.items()}
+        for group, parts in groups.items():
+            outcome["results"][group] = summarize(*parts.values()) | {"shots": len(problems[0]["examples"])}
     print_results(outcome)
     return outcome
 
@@ -816,8 +767,7 @@ def evaluate(lm, data, args):
 # What counts of a generation config; the rest changes the number or the distribution of the responses
 KEPT = ["eos_token_id", "stop_strings", "repetition_penalty", "no_repeat_ngram_size", "bad_words_ids"]
 KEPT += ["sequence_bias", "suppress_tokens", "begin_suppress_tokens", "min_length", "min_new_tokens"]
-# What is known of a model before its weights are loaded, and then model and cache_size; eos_ids: where
-# a response ends in own tasks; longest: {task: most new tokens}; cache_size: see find_cache_size
+# eos_ids: where a response ends in own tasks; longest: {task: most new tokens}; the last two: see load_lm
 LM = namedtuple("LM", "path tokenizer config eos_ids window longest model cache_size", defaults=(None, None))
 
 
@@ -827,11 +777,10 @@ def open_lm(path, args):
     if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
         die(f"{path}: {config.model_type} is not a causal language model")
     window, longest = find_window(config, tokenizer), {}
-    for name in args.tasks:
-        task = TASKS[name]
+    for name, task in TASKS.items():
         half = min(task.max_new_tokens, window // 2)
         longest[name] = args.max_new_tokens or (half if task.own else task.max_new_tokens)
-        if task.run is not run_choices and longest[name] >= window:
+        if name in args.tasks and task.run is not run_choices and longest[name] >= window:
             die(f"--max-new-tokens {longest[name]}: no room for a prompt in the window of {window}")
     ids, read = tokenizer("\n    return 1").input_ids, partial(tokenizer.decode, skip_special_tokens=True)
     lost = any(read(ids[:n]) + read(ids[n:]) != read(ids) for n in range(len(ids)))
@@ -860,9 +809,9 @@ def find_window(config, tokenizer):
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type") == "longrope":  # beyond this, numbers depend on a batch's other rows
         return rope["original_max_position_embeddings"]
-    names = ("n_positions", "max_position_embeddings", "n_ctx")
-    windows = [getattr(config, name, None) for name in names] + [tokenizer.model_max_length]
-    return next((window for window in windows if window and window < 1e29), 2048)  # 1e30 means unknown
+    windows = [getattr(config, x, None) for x in ("n_positions", "max_position_embeddings", "n_ctx")]
+    windows = [x for x in (*windows, tokenizer.model_max_length) if x and x < 1e29]  # 1e30: unknown
+    return (windows or [2048])[0]
 
 
 @torch.no_grad()
@@ -875,15 +824,11 @@ def find_cache_size(model):
         die(f"{model.name_or_path}: {model.config.model_type} has no key-value cache, it cannot be used")
     if {type(layer).__name__ for layer in cache.layers} <= {"DynamicLayer", "DynamicSlidingWindowLayer"}:
         return min((layer.sliding_window for layer in cache.layers if layer.is_sliding), default=math.inf)
-    return None
 
 
 # The format of PKU-Alignment's reward models, such as beaver-7b-v3.0-reward, as a chat template
-BEAVER = (
-    "BEGINNING OF CONVERSATION: {% for turn in messages %}"
-    "{% if turn.role == 'user' %}USER: {{ turn.content }} ASSISTANT:"
-    "{% else %}{{ turn.content }}{{ eos_token }}{% endif %}{% endfor %}"
-)
+BEAVER = "BEGINNING OF CONVERSATION: {% for turn in messages %}{% if turn.role == 'user' %}USER: "
+BEAVER += "{{ turn.content }} ASSISTANT:{% else %}{{ turn.content }}{{ eos_token }}{% endif %}{% endfor %}"
 
 
 def load_reward_model(args):
@@ -892,8 +837,7 @@ def load_reward_model(args):
     path, tokenizer = args.reward_model, load_tokenizer(args.reward_model, args, template)
     options = {"num_labels": 1, "key_mapping": {"^score_head": "score"}}
     model = load_model(transformers.AutoModelForSequenceClassification, path, args, **options)
-    eos_ids = gsil.find_eos_ids(path, model.config, tokenizer)
-    window = find_window(model.config, tokenizer)
+    eos_ids, window = gsil.find_eos_ids(path, model.config, tokenizer), find_window(model.config, tokenizer)
     return LM(path, tokenizer, model.config, eos_ids, window, {}, model)
 
 
@@ -917,25 +861,19 @@ def load_model(kind, path, args, **options):
     options |= {"dtype": args.dtype, "use_safetensors": True, "return_dict": True}
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     model, info = load(kind, path, what, **options)
-    if info["missing_keys"]:
-        die(f"{path} lacks the weights {', '.join(sorted(info['missing_keys'])):.200}")
-    for name, size, expected in info["mismatched_keys"]:
-        die(f"{path}: the weight {name} has the size {[*size]}, but its {what} needs {[*expected]}")
-    unused = sorted(info["unexpected_keys"])
-    no_heads = (model.base_model_prefix, "lm_head.", "normalizer.", "score.bias", "score_head.bias")
-    known = {re.sub(r"\d+", "", name) for name in model.state_dict()}
-    wrong = [name for name in unused if re.sub(r"\d+", "", name) in known]  # of layers that it lacks
-    wrong += [name for name in unused if reward and not name.startswith(no_heads)]
+    pattern = partial(re.sub, r"\d+", "")  # the name of a weight without the number of its layer
+    unused, known = info["unexpected_keys"], {*map(pattern, model.state_dict())}
+    heads = (model.base_model_prefix, "lm_head.", "normalizer.", "score.bias", "score_head.bias")
+    # Not to be left over: a layer that the config does not know of, and another head of a reward model
+    wrong = {x for x in unused if pattern(x) in known or (reward and not x.startswith(heads))}
+    wrong |= info["missing_keys"] | info["mismatched_keys"]  # the latter are (name, size, expected size)
     if wrong:
-        die(f"{path}: the model by config.json has no place for the weights {', '.join(wrong):.200}")
+        wrong = ", ".join(sorted(map(str, wrong)))
+        die(f"{path}: no {what}: weights are missing, left over or of another size: {wrong:.300}")
     if unused:
-        print(f"warning: {path}: {len(unused)} weights are not used: {', '.join(unused):.200}")
+        print(f"warning: {path}: {len(unused)} weights are not used: {', '.join(sorted(unused)):.200}")
     # Quantized weights are on the device already, and some of them cannot be moved.
     return model.eval() if model.device.type == args.device else model.eval().to(args.device)
-
-
-def chunks(items, size):
-    return [items[start : start + size] for start in range(0, len(items), size)]
 
 
 # ---- 7. Statistics and printing -------------------------------------------------------------
@@ -1001,8 +939,7 @@ def print_results(outcome):
 
 def compare(outcome, other):
     """Print and return the differences between two models: a line for each metric of each task."""
-    differences = {}
-    rows = [[f"difference from {other['model']}", "", "±", "p"]]
+    differences, rows = {}, [[f"difference from {other['model']}", "", "±", "p"]]
     for name, samples in outcome["samples"].items():
         for metric in samples[0]["metrics"]:
             sides = (samples, other["samples"][name])
