@@ -177,8 +177,7 @@ def ask(name, problem, lm, args):
         context = to_ids(lm, prompt.rstrip())
         rest = to_ids(lm, prompt + continuation)[len(context) :]
         if not (context and 0 < len(rest) <= lm.window):
-            size = f"{len(rest)} tokens, not 1 to {lm.window}"
-            die(f"{name}: {continuation!r:.200} has {size} when it follows {prompt!r}")
+            die(f"{name}: {continuation!r:.99} has {len(rest)} tokens, not 1 to {lm.window}, in {prompt!r}")
         room = lm.window + 1 - len(rest)  # the last token is never read
         pairs.append((context[-room:], rest))
         truncated = truncated or len(context) > room
@@ -358,8 +357,7 @@ def final_answer_match(problem, responses):
 
 def pass_at_1(problem, responses):
     """Run prompt + response (up to `end`) + tests: which share of the responses pass?"""
-    end = problem.get("end")
-    programs = [problem["code"] + (text.split(end)[0] if end else text) for text in responses]
+    programs = [problem["code"] + cut(text, problem.get("end", ())) for text in responses]
     passed = [passes(f"{program}\n{problem['gold']}") for program in programs]
     sample = {"gold": problem["gold"], "extracted": {"create_test": programs}, "passed": passed}
     return sample | {"metrics": {"pass@1,create_test": fmean(passed)}}
@@ -526,10 +524,10 @@ def read_humaneval(row):  # humaneval/humaneval.yaml
 
 
 def read_humaneval_instruct(row):  # humaneval/humaneval_instruct.yaml
-    request = "Write a solution to the following problem and make sure that it passes the tests:"
-    question = f"{request}\n```python\n{row['prompt']}\n```\n"
+    question = "Write a solution to the following problem and make sure that it passes the tests:\n"
+    question += f"```python\n{row['prompt']}\n```\n"
     gen_prefix = f"Here is the completed function:\n```python\n{row['prompt']}\n"
-    return read_humaneval(row) | {"question": question, "gen_prefix": gen_prefix, "end": "```"}
+    return read_humaneval(row) | {"question": question, "gen_prefix": gen_prefix, "end": ("```",)}
 
 
 def multiple_choice(question, choices, gold):
@@ -547,9 +545,8 @@ def read_arc(row):  # arc/arc_easy.yaml
 
 
 def read_hellaswag(row):  # hellaswag/utils.py
-    def clean(text):  # remove WikiHow's marks like [title], and double spaces once, as in lm_eval
-        return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
-
+    # Remove WikiHow's marks like [title], and double spaces once, as in lm_eval.
+    clean = lambda x: re.sub(r"\[.*?\]", "", x.strip().replace(" [title]", ". ")).replace("  ", " ")
     question = clean(row["activity_label"] + ": " + row["ctx_a"] + " " + row["ctx_b"].capitalize())
     check(row["label"] != "", "label is secret in this split: use train or validation")
     return multiple_choice(question, [clean(ending) for ending in row["endings"]], int(row["label"]))
@@ -628,7 +625,6 @@ ARC, GSM8K = "allenai/ai2_arc:ARC", "openai/gsm8k:main"
 TRUTHFULQA = "truthfulqa/truthful_qa:multiple_choice"
 GSM8K_STOP, CODE_STOP = ("</s>", "<|im_end|>"), ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
 read_mc2 = partial(read_truthfulqa, targets="mc2_targets")
-# What several tasks have in common
 code = partial(Task, score=pass_at_1, stop=CODE_STOP, max_new_tokens=1024)
 choices = partial(Task, run=run_choices)
 commonsense = partial(choices, splits="validation train", sampler="others")
@@ -725,8 +721,7 @@ def read_task(name, lms, rm, args):
 
 
 def read_split(name, split, lms, args):
-    """The problems of a split, from --data (a file, or a folder with all splits) or the Hub. An unusable
-    row ends the run, as a benchmark must be whole."""
+    """The problems of a split. An unusable row ends the run, as a benchmark must be whole."""
     task, path = TASKS[name], Path(args.data.get(name, TASKS[name].hub))
     folder = path if path.is_dir() else path.parent
     files = [*folder.glob(f"{split}.*")]
@@ -798,8 +793,10 @@ def load_lm(lm, args):
     about = f"{model.num_parameters():,} parameters, {str(model.dtype)[6:]}, {model.device}"
     print(f"model {lm.path}: {about}; window {lm.window}; prompts begin with {begin}")
     lm = lm._replace(model=model, cache_size=find_cache_size(model))
-    if model.dtype == torch.float32:  # in 16 bits rounding alone would fail gsil.py's trial
-        gsil.try_model(model, [{"prompt_ids": to_ids(lm, "Question: What is 1 + 1?"), "real_ids": []}])
+    small = model.num_parameters() < 1e9 and not hasattr(model, "hf_quantizer")
+    exact = copy.deepcopy(model).float() if small else model
+    if exact.dtype == torch.float32:  # in 16 bits rounding alone would fail gsil.py's trial
+        gsil.try_model(exact, [{"prompt_ids": to_ids(lm, "Question: What is 1 + 1?"), "real_ids": []}])
     return lm
 
 
@@ -817,7 +814,10 @@ def find_window(config, tokenizer):
 @torch.no_grad()
 def find_cache_size(model):
     """How many tokens does the key-value cache hold? None: the model keeps other states, too."""
-    out = model(torch.tensor([[0, 0]], device=model.device), use_cache=True)
+    try:
+        out = model(torch.tensor([[0, 0]], device=model.device), use_cache=True)
+    except (RuntimeError, ValueError) as error:  # quantized weights, in parts or on this device
+        die(f"{model.name_or_path}: cannot be run on {model.device}: {error!s:.300}")
     check_nan(out.logits, model.name_or_path)
     cache = getattr(out, "past_key_values", None)
     if type(cache).__name__ != "DynamicCache":

@@ -2,7 +2,6 @@
 are read is tested in test_data.py, as eval.py takes that from gsil.py."""
 
 import json
-import shutil
 import subprocess
 import sys
 
@@ -17,6 +16,7 @@ BAD_ROWS = [  # task, row, what the sentence says
     ("gsm8k", {"question": "1+1?"}, "'answer' is missing"),
     ("gsm8k", GSM_ROW | {"answer": "It is 2"}, "answer should end in '#### '"),
     ("answers", GSM_ROW | {"answer": "2"}, "should end in '#### '"),
+    ("answers", GSM_ROW | {"answer": "#### Step 1\nIt is 2"}, "should end in '#### '"),
     ("humaneval", {"prompt": "def a():", "test": "", "entry_point": "b"}, "entry_point should be defined"),
     ("arc_easy", ARC_ROW | {"answerKey": "C"}, "answerKey should be one of"),
     ("arc_easy", ARC_ROW | {"choices": {"text": ["a"], "label": ["A", "B"]}}, "choices should have as many"),
@@ -64,9 +64,7 @@ def test_too_few_rows(tmp_path, inputs, capsys):
 
 BAD_FLAGS = [  # flags, what the sentence says
     ("--tasks gsm9k", "--tasks gsm9k: name each task once, out of answers, gsm8k"),
-    ("--tasks gsm8k,gsm8k", "--tasks gsm8k,gsm8k: name each task once"),
     ("--tasks gsm8k,mmlu --data x.jsonl", "--data x.jsonl: should be TASK=PATH"),
-    ("--limit 0", "--limit 0"),
     ("--temperature nan", "--temperature nan"),
     ("--samples 2", "--samples 2: greedy responses are the same"),
     ("--tasks humaneval", "give --allow-code-execution"),
@@ -83,13 +81,6 @@ def test_bad_flags(flags, says, capsys):
     refused(capsys, flags, "error: ", says)
 
 
-def test_pickles_are_not_read(tmp_path, capsys):
-    """A pickle may run any code."""
-    folder = shutil.copytree(ROOT / "tests/toy/base", tmp_path / "model")
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    refused(capsys, f"--model {folder} --limit 1", "no file named model.safetensors")
-
-
 def test_as_a_command(tmp_path):
     """A mistake would end in a traceback, or --help would wait for libraries that it does not need."""
     command = [sys.executable, f"{ROOT}/eval.py", "--out", str(tmp_path)]
@@ -102,34 +93,15 @@ def test_as_a_command(tmp_path):
 
 @pytest.mark.parametrize("name", ["out", "answers"])
 def test_no_file_is_overwritten_or_left_behind(name, tmp_path, capsys):
-    """Results of hours, or the demonstrations, would be lost; a file of a refused run would be in the way."""
+    """A result of hours, or of a second run at once, would be lost; that of a refused run be in the way."""
     rows = write_jsonl(tmp_path / "rows.jsonl", [GSM_ROW])
     refused(capsys, f"--{name} {rows}", f"{rows}: File exists; choose a file that does not exist")
     assert rows.read_text() == json.dumps(GSM_ROW) + "\n"
     for path in (tmp_path, "/dev/null"):
         refused(capsys, f"--{name} {path}", f"{path}: File exists")
     refused(capsys, f"--{name} {tmp_path}/no/x.json", "No such file or directory")
-    refused(capsys, f"--{name} {rows}/x.json", "Not a directory")
     refused(capsys, f"--{name} {tmp_path}/x.json --model nowhere --limit 1", "nowhere")
-    assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
-
-
-def test_a_run_that_fails_at_its_second_task_writes_nothing(inputs, tmp_path, capsys):
-    """The file for FastChat would be in the way of the next try."""
-    bench = [{"question_id": 81, "category": "new", "turns": ["1+1?"]}]
-    endless = ARC_ROW | {"choices": {"text": ["a", "a" * 300], "label": ["A", "B"]}}
-    data = f"--data mt_bench={write_jsonl(tmp_path / 'mt.jsonl', bench)} "
-    data += f"--data arc_easy={write_jsonl(tmp_path / 'arc.jsonl', [endless])} "
-    model = inputs.split()[1]
     refused(
-        capsys,
-        f"--model {model} --tasks mt_bench,arc_easy {data} --answers {tmp_path}/new.jsonl --max-new-tokens 2",
-        "301 tokens",
-    )
-    assert not (tmp_path / "new.jsonl").exists()
-
-
-def test_the_file_of_results_is_taken_at_the_start(inputs, tmp_path, capsys):
-    """Of two runs that start with one --out, the second to end would overwrite the first."""
-    refused(capsys, f"{inputs} --data {tmp_path}/x.jsonl --out {tmp_path}/x.jsonl", "no rows")  # it is there
-    assert not (tmp_path / "x.jsonl").exists()  # and of a refused run it is not in the way
+        capsys, f"--{name} {tmp_path}/x.jsonl --data {tmp_path}/x.jsonl", "no rows"
+    )  # it is there already
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
