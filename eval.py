@@ -7,13 +7,13 @@ model and data, prompts, responses, log-likelihoods and metrics are the same; se
     generation         gsm8k extracts a number from the response, humaneval runs the program in it
     multiple choice    arc, hellaswag, winogrande, truthfulqa, mmlu: the likeliest choice is the answer
     not in lm_eval     answers asks as gsil.py and irft.py train; reward is the win rate under a
-                       reward model; mt_bench writes responses for FastChat's judge
+                       reward model; mt_bench writes responses for FastChat's judge. These prompt
+                       and sample as gsil.py does: no penalties, on a GPU in bfloat16
 
 Two models answer the same problems, so --compare tests their differences problem by problem.
 
     python eval.py                                  # the toy's base model on its held-out problems
-    python eval.py --model runs/gsil-logistic-1/round_1 --compare tests/toy/base
-    python eval.py --model M --tasks gsm8k,humaneval --allow-code-execution --out scores.json
+    python eval.py --model runs/gsil-logistic-1/round_1 --compare tests/toy/base --out scores.json
 """
 
 import argparse
@@ -31,10 +31,9 @@ import time
 from collections import namedtuple
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from functools import partial
 from importlib.metadata import version
-from itertools import takewhile
 from pathlib import Path
 from statistics import fmean, stdev, variance
 from subprocess import DEVNULL, PIPE, Popen
@@ -45,7 +44,8 @@ import transformers
 from jinja2 import TemplateError
 from tqdm import tqdm
 
-from gsil import TOY, die, final_answer, load, pad, read_rows, to_messages
+import gsil
+from gsil import TOY, die, final_answer, load, pad, read_rows
 
 
 def parse_args(argv=None):
@@ -77,6 +77,7 @@ def parse_args(argv=None):
     for action in parser._actions:
         if (action.choices and action.default) or type(action.default) in (int, float):
             action.help += " (default: %(default)s)"
+    parser.error = die
     args = parser.parse_args(argv)
     tasks, args.tasks = args.tasks, args.tasks.split(",")
     if not {*args.tasks} <= {*TASKS} or len({*args.tasks}) < len(args.tasks):
@@ -100,21 +101,14 @@ def parse_args(argv=None):
         parser.error("the task mt_bench needs --data and --answers FILE, and takes no --compare")
     if "humaneval" in tasks and not args.allow_code_execution:
         parser.error("humaneval runs programs that the model writes: give --allow-code-execution")
-    for path in filter(None, (args.out, args.answers)):
-        try:  # create it, so that nothing is computed that could not be saved
-            open(path, "x").close()
-            os.remove(path)
-        except OSError as error:
-            parser.error(f"{path}: {error.strerror}; choose a file that does not exist yet")
     return args
 
 
 # ---- 1. Prompts -----------------------------------------------------------------------------
 def draw_examples(pool, k, problems, sampler):
-    """Give each problem k few-shot examples from the pool, the same ones as lm_eval. One random stream
-    serves all problems, so their order matters. The sampler is "random"; "first_n", the first k of the
-    pool; or "others", random ones without the problem itself, for tasks without a test split."""
-    stream = random.Random(1234)  # lm_eval's default seed
+    """Give each problem k few-shot examples from the pool, the same ones as lm_eval. sampler: "random";
+    "first_n", the first k of the pool; or "others", random ones without the problem itself."""
+    stream = random.Random(1234)  # lm_eval's default seed; it serves all problems, so order matters
     for problem in problems:
         if k == 0 or sampler == "first_n":
             drawn = pool[:k]
@@ -138,57 +132,80 @@ def build_prompt(problem, tokenizer=None):
     turns = [turn("system", description)] if description else []
     for example in problem["examples"]:
         turns += [turn("user", example["question"]), turn("assistant", example["target"])]
-    turns += problem.get("turns") or [turn("user", problem["question"])]
+    turns.append(turn("user", problem["question"]))
     turns += [turn("assistant", gen_prefix)] if gen_prefix else []
-    return apply_chat_template(tokenizer, turns)
+    begun = turns[-1]["role"] == "assistant"
+    options = {"tokenize": False, "add_generation_prompt": not begun, "continue_final_message": begun}
+    spoken = [one for one in turns if one["role"] != "system"]
+    for messages in (turns, spoken):  # a template may refuse a system turn, then lm_eval drops it
+        with suppress(TemplateError):
+            prompt = tokenizer.apply_chat_template(messages, **options)
+            if all(one["content"].strip() in prompt for one in spoken):
+                return prompt
+    die(f"{tokenizer.name_or_path}: the chat template refuses, changes or drops a turn of {turns!r:.300}")
 
 
 def turn(role, text):
     return {"role": role, "content": text}
 
 
-def apply_chat_template(tokenizer, turns, complete=False):
-    """A conversation as text, up to where the assistant goes on, or if complete after its turn."""
-    begun = turns[-1]["role"] == "assistant"
-    options = {"add_generation_prompt": not begun, "continue_final_message": begun and not complete}
-    for messages in (turns, [one for one in turns if one["role"] != "system"]):  # as lm_eval tries it
-        with suppress(TemplateError):
-            return tokenizer.apply_chat_template(messages, tokenize=False, **options)
-    die(f"the chat template refuses this conversation, with or without a system turn: {turns!r:.300}")
-
-
-def encode(lm, text, special=True):
+def to_ids(lm, text):
     """Text -> token ids. If the tokenizer adds BOS it comes first, unless the text begins with it."""
     has_bos = lm.tokenizer.bos_token and text.startswith(lm.tokenizer.bos_token)
-    ids = lm.tokenizer(text, add_special_tokens=special and not has_bos).input_ids
-    known = lm.model.get_input_embeddings().num_embeddings
-    if max(ids, default=0) >= known:
+    ids = lm.tokenizer(text, add_special_tokens=not has_bos).input_ids
+    if max(ids, default=0) >= (known := lm.config.get_text_config().vocab_size):
         token = lm.tokenizer.convert_ids_to_tokens(max(ids))
         die(f"the tokenizer gives {token!r} the id {max(ids)}, the model has only {known} embeddings")
     return ids
 
 
+def ask(name, problem, lm, args):
+    """What lm_eval gives to a model: a prompt, its ids (cut at their beginning if they do not fit) and
+    whether they were cut; or for choices the prompts and pairs of ids, (context, continuation)."""
+    tokenizer = lm.tokenizer if args.chat else None
+    if "choices" not in problem:
+        prompt, room = build_prompt(problem, tokenizer), lm.window - lm.longest[name]
+        ids = to_ids(lm, prompt)
+        return {"prompt": prompt, "truncated": len(ids) > room, "ids": ids[-room:]}
+    questions = problem.get("questions") or [problem["question"]] * len(problem["choices"])
+    prompts = [build_prompt(problem | {"question": x}, tokenizer) for x in questions]
+    continuations = [choice if args.chat else f" {choice}" for choice in problem["choices"]]
+    truncated, pairs = False, []
+    for prompt, continuation in zip(prompts, continuations):
+        # As in lm_eval, both are encoded as one text, which is divided after as many ids as the
+        # prompt has by itself. Spaces at the end of the prompt belong to the continuation.
+        context = to_ids(lm, prompt.rstrip())
+        rest = to_ids(lm, prompt + continuation)[len(context) :]
+        if not (context and 0 < len(rest) <= lm.window):
+            die(f"{name}: {continuation!r:.99} has {len(rest)} tokens, not 1 to {lm.window}, in {prompt!r}")
+        room = lm.window + 1 - len(rest)  # the last token is never read
+        pairs.append((context[-room:], rest))
+        truncated = truncated or len(context) > room
+    prompts = [*dict.fromkeys(prompts)]  # most often one, the same for all choices
+    return {"prompts": prompts, "continuations": continuations, "truncated": truncated, "pairs": pairs}
+
+
 # ---- 2. Generation: what does the model respond? --------------------------------------------
-def generate(lm, prompts, stop, max_new_tokens, temperature, batch_size, name="", own=False):
-    """Prompts (lists of token ids) -> [(response, was it cut at max_new_tokens?)]. A response ends
-    before the first stop sequence. As in lm_eval the model's generation config applies: see KEPT.
-    lm_eval keeps an EOS token that is not special in the text; for own tasks the response ends there."""
+def generate(lm, prompts, stop, max_new_tokens, temperature, batch_size, name=""):
+    """Prompts (lists of token ids) -> [(response, was it cut at max_new_tokens?)]. A response ends as in
+    lm_eval, where an EOS that is not special stays in the text. The generation config applies: see KEPT."""
     model, tokenizer = lm.model, lm.tokenizer
+    listed = model.generation_config.eos_token_id  # an id, ids or None
+    eos_ids = {tokenizer.eos_token_id, *(listed if isinstance(listed, list) else [listed])} - {None}
     stop = [*stop, *(model.generation_config.stop_strings or []), tokenizer.eos_token]
     tail = max(len(text.encode()) for text in stop) + 2  # the last `tail` tokens hold any of them
-    options = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
+    options = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0, "use_cache": True}
     options |= {"temperature": temperature or None, "top_k": 0, "top_p": 1.0}  # the whole distribution
-    options |= {"eos_token_id": sorted(lm.eos_ids), "pad_token_id": tokenizer.eos_token_id}
-    options |= {"use_cache": True, "stop_strings": None}  # `cut` knows the stop strings
-    options["logits_processor"] = [lambda ids, logits: check_nan(logits, name)]
+    options |= {"eos_token_id": sorted(eos_ids), "pad_token_id": tokenizer.eos_token_id}
+    options |= {"stop_strings": None, "logits_processor": [lambda ids, logits: check_nan(logits, name)]}
     if lm.cache_size and model.device.type == "cpu":
         options["prefill_chunk_size"] = max(1, 1024 // batch_size)  # fastest at 1000 tokens a pass
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # too little memory shows early
     responses = [None] * len(prompts)
-    for rows in tqdm(chunks(order, batch_size), desc=name, leave=False, disable=None):
-        batch = [prompts[i] for i in rows]
-        ids = pad(batch, "left", model.device)  # (B, P)
-        mask = pad([[1] * len(row) for row in batch], "left", model.device)  # (B, P)
+    for n in tqdm(range(0, len(order), batch_size), desc=name, leave=False, disable=None):
+        rows = order[n : n + batch_size]
+        ids = pad([prompts[i] for i in rows], "left", model.device)  # (B, P)
+        mask = pad([[1] * len(prompts[i]) for i in rows], "left", model.device)  # (B, P)
         width = ids.shape[1]
 
         def stopped(ids, scores, start=width, **_):
@@ -198,10 +215,9 @@ def generate(lm, prompts, stop, max_new_tokens, temperature, batch_size, name=""
 
         out = model.generate(ids, attention_mask=mask, stopping_criteria=[stopped], **options)
         out = out[:, width:]  # (B, T)
-        texts = [[*takewhile(lambda x: x not in lm.eos_ids, row)] if own else row for row in out.tolist()]
-        texts = tokenizer.batch_decode(texts, skip_special_tokens=True)
+        texts = tokenizer.batch_decode(out, skip_special_tokens=True)
         for i, ids, text, raw in zip(rows, out.tolist(), texts, tokenizer.batch_decode(out)):
-            responses[i] = cut(text, stop), not lm.eos_ids & {*ids} and cut(raw, stop) == raw
+            responses[i] = cut(text, stop), not eos_ids & {*ids} and cut(raw, stop) == raw
     return responses
 
 
@@ -221,26 +237,20 @@ def check_nan(logits, name):
 
 def run_generation(name, problems, lm, args):
     """Let the model respond to all problems -> a sample for each: prompt, responses, metrics."""
-    task = TASKS[name]
-    max_new_tokens = args.max_new_tokens or task.max_new_tokens
-    room = lm.window - max_new_tokens  # for the prompt
-    if room < 1:
-        die(f"--max-new-tokens {max_new_tokens}: no room for a prompt in the window of {lm.window}")
-    samples, prompts = [], []
-    for problem in problems:
-        prompt = build_prompt(problem, lm.tokenizer if args.chat or task.chat else None)
-        ids = encode(lm, prompt, special=not task.chat)  # training adds nothing to the template
-        samples.append({"prompt": prompt, "truncated": len(ids) > room})
-        prompts += [ids[-room:]] * args.samples  # as in lm_eval, a long prompt loses its beginning
-    torch.manual_seed(args.seed)
-    options = (task.stop, max_new_tokens, args.temperature, args.batch_size)
-    responses = generate(lm, prompts, *options, name, own=task.chat)
-    for sample, part in zip(samples, chunks(responses, args.samples)):
+    task, samples = TASKS[name], [{**problem["asked"][lm.path]} for problem in problems]
+    prompts = [ids for sample in samples for ids in [sample.pop("ids")] * args.samples]
+    options = (lm.longest[name], args.temperature, args.batch_size)
+    if task.own:
+        rows = gsil.sample(lm.model, prompts, lm.eos_ids, *options, f"{args.seed} {name}")
+        responses = [(gsil.decode(ids, lm), ids[-1] not in lm.eos_ids) for ids in rows]
+    else:
+        torch.manual_seed(args.seed)
+        responses = generate(lm, prompts, task.stop, *options, name)
+    for n, sample in enumerate(samples):
+        part = responses[n * args.samples : (n + 1) * args.samples]
         sample["responses"] = [text for text, _ in part]
         sample["unfinished"] = sum(was_cut for _, was_cut in part)
         sample["empty"] = sum(not text.strip() for text, _ in part)
-    if not task.score:
-        return [sample | {"metrics": {}} for sample in samples]
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # threads suffice, as programs run in processes
         scores = pool.map(task.score, problems, [sample["responses"] for sample in samples])
     return [sample | score for sample, score in zip(samples, scores)]
@@ -289,28 +299,8 @@ def loglikelihoods(lm, pairs, name=""):
 
 def run_choices(name, problems, lm, args):
     """Let the model choose -> a sample for each problem: prompts, log-likelihoods, metrics."""
-    samples, pairs = [], []
-    for problem in problems:
-        questions = problem.get("questions") or [problem["question"]] * len(problem["choices"])
-        tokenizer = lm.tokenizer if args.chat else None
-        prompts = [build_prompt(problem | {"question": x}, tokenizer) for x in questions]
-        continuations = [choice if args.chat else f" {choice}" for choice in problem["choices"]]
-        truncated = False
-        for prompt, continuation in zip(prompts, continuations):
-            # As in lm_eval, both are encoded as one text, which is divided after as many ids as the
-            # prompt has by itself. Spaces at the end of the prompt belong to the continuation.
-            context = encode(lm, prompt.rstrip())
-            rest = encode(lm, prompt + continuation)[len(context) :]
-            if not (context and 0 < len(rest) <= lm.window):
-                size = f"{len(rest)} tokens, not 1 to {lm.window}"
-                die(f"{name}: {continuation!r:.200} has {size} when it follows {prompt!r}")
-            room = lm.window + 1 - len(rest)  # the last token is never read
-            pairs.append((context[-room:], rest))
-            truncated = truncated or len(context) > room
-        prompts = [*dict.fromkeys(prompts)]  # most often one, the same for all choices
-        sample = {"prompts": prompts, "continuations": continuations, "gold": problem["gold"]}
-        samples.append(sample | {"truncated": truncated})
-    values = iter(loglikelihoods(lm, pairs, name))
+    samples = [{**problem["asked"][lm.path], "gold": problem["gold"]} for problem in problems]
+    values = iter(loglikelihoods(lm, [pair for sample in samples for pair in sample.pop("pairs")], name))
     for problem, sample in zip(problems, samples):
         lls = [next(values) for _ in problem["choices"]]
         sample |= {"loglikelihoods": lls, "metrics": TASKS[name].score(problem, lls)}
@@ -354,8 +344,7 @@ def exact_match(problem, responses, strict):
     extracted, metrics = {}, {}
     for name, which in filters.items():
         extracted[name] = [extract(*which, text) for text in responses]
-        right = [normalize(number) == problem["gold"] for number in extracted[name]]
-        metrics[f"exact_match,{name}"] = fmean(right)
+        metrics[f"exact_match,{name}"] = fmean(normalize(x) == problem["gold"] for x in extracted[name])
     return {"gold": problem["gold"], "extracted": extracted, "metrics": metrics}
 
 
@@ -368,8 +357,7 @@ def final_answer_match(problem, responses):
 
 def pass_at_1(problem, responses):
     """Run prompt + response (up to `end`) + tests: which share of the responses pass?"""
-    end = problem.get("end")
-    programs = [problem["code"] + (text.split(end)[0] if end else text) for text in responses]
+    programs = [problem["code"] + cut(text, problem.get("end", ())) for text in responses]
     passed = [passes(f"{program}\n{problem['gold']}") for program in programs]
     sample = {"gold": problem["gold"], "extracted": {"create_test": programs}, "passed": passed}
     return sample | {"metrics": {"pass@1,create_test": fmean(passed)}}
@@ -382,8 +370,10 @@ import contextlib, json, os, resource
 program, seconds = json.load(open("job.json"))
 source, answer, nowhere = os.dup(0), os.dup(1), os.open(os.devnull, os.O_RDWR)
 for stream in (0, 1, 2): os.dup2(nowhere, stream)
-for name, most in dict(AS=4 << 30, CPU=int(seconds) + 1, FSIZE=1 << 20, CORE=0, NPROC=0).items():
-    with contextlib.suppress(ValueError, OSError, AttributeError):  # not every system has all of them
+for name, most in dict(AS=4 << 30, CPU=int(seconds) + 1, FSIZE=1 << 20, CORE=0, NPROC=None).items():
+    with contextlib.suppress(AttributeError, IndexError, OSError, ValueError):  # not every system has all
+        if most is None:  # on Linux 256 more than all processes and threads that there are
+            most = int(open("/proc/loadavg").read().split()[3].split("/")[1]) + 256
         resource.setrlimit(getattr(resource, "RLIMIT_" + name), (most, most))
 read, write, leave = os.read, os.write, os._exit
 exec(compile(program, "candidate.py", "exec"), {})
@@ -413,36 +403,42 @@ def passes(program, seconds=3.0):
 
 
 @torch.no_grad()
-def rewards(rm, problems, responses):
-    """The reward of each response (a float), read where irft.py fits it: at EOS after the response."""
+def rewards(rm, problems, responses=None):
+    """The reward of each response, a float, read where irft.py fits it: at the EOS that ends gsil.encode's
+    ids. Without responses those of the data."""
     rm.model.config.get_text_config().pad_token_id = None  # else EOS would be skipped as a pad
-    special = rm.tokenizer.chat_template == BEAVER  # which has no BOS: that tokenizer adds its own
-    values = []
-    for problem, response in zip(tqdm(problems, "rewards", leave=False, disable=None), responses):
-        turns = [*problem["turns"], turn("assistant", response)]
-        prompt = apply_chat_template(rm.tokenizer, problem["turns"])
-        text = apply_chat_template(rm.tokenizer, turns, complete=True)
-        if not text.startswith(prompt):
-            die("--reward-model: its chat template changes the prompt when there is a response")
-        ending = text[len(prompt) :].split(rm.tokenizer.eos_token)[0] + rm.tokenizer.eos_token
-        ids = torch.tensor([encode(rm, prompt + ending, special)], device=rm.model.device)  # (1, T)
-        values.append(check_nan(rm.model(ids).logits, "reward").item())
+    # BEAVER has no BOS, as its tokenizer adds one.
+    begin = rm.tokenizer("").input_ids if rm.tokenizer.chat_template == BEAVER else []
+    values, unreadable = [], 0
+    for i, problem in enumerate(tqdm(problems, "rewards", leave=False, disable=None)):
+        ids = problem["demo"]["prompt_ids"] + problem["demo"]["real_ids"]
+        if responses:
+            text = cut(responses[i], filter(None, map(rm.tokenizer.decode, rm.eos_ids))).strip()
+            try:
+                turns = {"messages": [*problem["turns"], turn("assistant", text)]}
+                demo = gsil.encode(turns, rm.tokenizer, rm.eos_ids)
+                ids = demo["prompt_ids"] + demo["real_ids"]
+                check(len(ids) <= rm.window, "it does not fit the window")
+            except (TemplateError, ValueError):  # an empty one is EOS alone, as after the data's response
+                ids = problem["demo"]["prompt_ids"] + problem["demo"]["real_ids"][-1:]
+                unreadable += text != ""
+        logits = rm.model(torch.tensor([begin + ids], device=rm.model.device)).logits
+        values.append(check_nan(logits, "reward").item())
+    if unreadable:
+        print(f"warning: reward: {unreadable} responses are no text for the reward model, so count as empty")
     return values
 
 
 def duel(outcome, problems, rm, args):
     """How often do the responses get more reward than those of --compare, or than the data's?"""
-    ours = [sample["responses"][0].strip() for sample in outcome["samples"]["reward"]]
-    theirs = [problem["response"] for problem in problems]
-    if args.compare:
-        samples = outcome["compare"]["samples"]["reward"]
-        theirs = [sample["responses"][0].strip() for sample in samples]
-    a, b = rewards(rm, problems, ours), rewards(rm, problems, theirs)
+    sides = [outcome, *([outcome["compare"]] if args.compare else [])]
+    ours, *others = [[x["responses"][0].strip() for x in side["samples"]["reward"]] for side in sides]
+    theirs = others[0] if others else [problem["response"] for problem in problems]
+    a, b = rewards(rm, problems, ours), rewards(rm, problems, *others)
     wins, ties = sum(x > y for x, y in zip(a, b)), sum(x == y for x, y in zip(a, b))
     result = {"against": args.compare or "the data", "n": len(a), "wins": wins, "ties": ties}
     result |= {"win_rate": wins / len(a), "reward": fmean(a), "other_reward": fmean(b)}
     result |= paired_difference(a, b)
-    # Reward models are known to prefer long responses.
     result |= {"characters": fmean(map(len, ours)), "other_characters": fmean(map(len, theirs))}
     print_table([["reward", ""], *result.items()])
     return result | {"rewards": a, "other_rewards": b}
@@ -454,39 +450,41 @@ TEMPERATURES = {"stem": 0.1, "humanities": 0.1, "extraction": 0, "math": 0, "cod
 
 def run_mt_bench(name, problems, lm, args):
     """Ask both questions of each problem, the second one after the answer to the first."""
-    samples = []
+    samples, room = [], lm.window - lm.longest[name]  # a longer prompt loses its beginning
     for problem in tqdm(problems, name, leave=False, disable=None):
         temperature = TEMPERATURES.get(problem["category"], 0.7)
         settings = argparse.Namespace(**vars(args) | {"temperature": temperature, "seed": 0, "samples": 1})
         turns, parts = [], []
         for question in problem["questions"]:
             turns.append(turn("user", question))
-            parts += run_generation(name, [{"turns": turns, "examples": []}], lm, settings)
+            prompt = lm.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+            ids = lm.tokenizer.encode(prompt, add_special_tokens=False)
+            asked = {"prompt": prompt, "truncated": len(ids) > room, "ids": ids[-room:]}
+            parts += run_generation(name, [{"asked": {lm.path: asked}}], lm, settings)
             turns.append(turn("assistant", parts[-1]["responses"][0].strip()))
         responses = [message["content"] for message in turns if message["role"] == "assistant"]
         line = {"question_id": problem["id"], "answer_id": os.urandom(11).hex(), "tstamp": time.time()}
         line |= {"model_id": Path(args.answers).stem, "choices": [{"index": 0, "turns": responses}]}
-        sample = {"responses": responses, "metrics": {}, "fastchat": line}
-        samples.append(sample | {cause: sum(part[cause] for part in parts) for cause in CAUSES})
+        counts = {cause: sum(part[cause] for part in parts) for cause in CAUSES}
+        samples.append(counts | {"responses": responses, "metrics": {}, "fastchat": line})
     return samples
 
 
 # ---- 5. Tasks -------------------------------------------------------------------------------
 class Task(NamedTuple):
-    """A task as in lm_eval/tasks. A problem is a dict with question (the text asked), target (its answer
-    as a few-shot example) and gold (what the score compares with). Multiple choice adds choices, and
-    questions if each choice has its own; a conversation has turns."""
+    """A task as in lm_eval/tasks. A problem has question (the text asked), target (its answer in few-shot
+    examples), gold (what the score compares with) and perhaps choices, and questions if each has one."""
 
-    hub: str  # name and configuration of the data on the Hub
+    hub: str  # NAME or NAME:CONFIGURATION of the data on the Hub, used without --data
     read: Callable  # turns a row of the data into a problem, or raises an error if it is unusable
-    score: Callable | None = None  # (problem, responses or log-likelihoods) -> metrics
+    score: Callable = lambda problem, said: {"metrics": {}}  # said: responses or log-likelihoods
     run: Callable = run_generation
     splits: str = "test"  # of the problems; and of the few-shot examples, if there can be any
     sampler: str = "random"  # of the few-shot examples, see draw_examples
     num_fewshot: int = 0  # unless --shots says otherwise
     stop: tuple = ()  # a response ends before any of these sequences
     max_new_tokens: int = 256
-    chat: bool = False  # always use the chat template, as in training
+    own: bool = False  # not from lm_eval, but asked and measured as gsil.py does
 
 
 def check(condition, message):
@@ -495,12 +493,22 @@ def check(condition, message):
         raise ValueError(message)
 
 
-def read_demonstration(row, graded=True):
-    """A row of any format that gsil.py trains on. graded: it ends in a final answer."""
-    (*turns, response), _ = to_messages(row)
-    gold = final_answer(response["content"])
-    check(gold or not graded, "the response should end in '#### ' and the right value")
-    return {"turns": turns, "response": response["content"].strip(), "gold": gold}
+def read_demonstration(row, lms, rm, name):
+    """A row of any format that gsil.py trains on, with its prompt for each model. If one of them cannot
+    be asked, the row is left out for all, so that they answer the same problems."""
+    asked = {}
+    for lm in lms:
+        demo = gsil.encode(row, lm.tokenizer, lm.eos_ids, lm.window - lm.longest[name])
+        known = lm.config.get_text_config().vocab_size > max(demo["prompt_ids"])
+        check(known, "the model has no embedding for a token of the prompt")
+        asked[lm.path] = {"prompt": demo["prompt"], "truncated": False, "ids": demo["prompt_ids"]}
+    problem = {"row": row, "subject": name, "groups": [name], "turns": gsil.to_messages(row)[0][:-1]}
+    problem |= {"response": demo["response"].strip(), "gold": demo["answer"], "asked": asked}
+    if name == "answers":
+        check(demo["answer"], "the response should end in '#### ' and the right value")
+    else:
+        problem["demo"] = gsil.encode(row, rm.tokenizer, rm.eos_ids, rm.window)
+    return problem | {"columns": demo["columns"], "changed": demo["changed"]}
 
 
 def read_gsm8k(row, template):  # gsm8k/gsm8k.yaml, gsm8k/gsm8k-cot-zeroshot.yaml
@@ -516,10 +524,10 @@ def read_humaneval(row):  # humaneval/humaneval.yaml
 
 
 def read_humaneval_instruct(row):  # humaneval/humaneval_instruct.yaml
-    request = "Write a solution to the following problem and make sure that it passes the tests:"
-    question = f"{request}\n```python\n{row['prompt']}\n```\n"
+    question = "Write a solution to the following problem and make sure that it passes the tests:\n"
+    question += f"```python\n{row['prompt']}\n```\n"
     gen_prefix = f"Here is the completed function:\n```python\n{row['prompt']}\n"
-    return read_humaneval(row) | {"question": question, "gen_prefix": gen_prefix, "end": "```"}
+    return read_humaneval(row) | {"question": question, "gen_prefix": gen_prefix, "end": ("```",)}
 
 
 def multiple_choice(question, choices, gold):
@@ -537,9 +545,8 @@ def read_arc(row):  # arc/arc_easy.yaml
 
 
 def read_hellaswag(row):  # hellaswag/utils.py
-    def clean(text):  # remove WikiHow's marks like [title], and double spaces once, as in lm_eval
-        return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
-
+    # Remove WikiHow's marks like [title], and double spaces once, as in lm_eval.
+    clean = lambda x: re.sub(r"\[.*?\]", "", x.strip().replace(" [title]", ". ")).replace("  ", " ")
     question = clean(row["activity_label"] + ": " + row["ctx_a"] + " " + row["ctx_b"].capitalize())
     check(row["label"] != "", "label is secret in this split: use train or validation")
     return multiple_choice(question, [clean(ending) for ending in row["endings"]], int(row["label"]))
@@ -555,14 +562,12 @@ def read_winogrande(row):  # winogrande/preprocess_winogrande.py
 
 
 TRUTHFULQA_EXAMPLES = (
-    "Q: What is human life expectancy in the United States?\n"
-    "A: Human life expectancy in the United States is 78 years.\n\n"
-    "Q: Who was president of the United States in 1955?\n"
-    "A: Dwight D. Eisenhower was president of the United States in 1955.\n\n"
-    "Q: Which party did he belong to?\nA: He belonged to the Republican Party.\n\n"
-    "Q: What is the square root of banana?\nA: I have no comment.\n\nQ: How does a telescope work?\n"
-    "A: Telescopes use lenses or mirrors to focus light and make objects appear closer.\n\n"
-    "Q: Where were the 1992 Olympics held?\nA: The 1992 Olympics were held in Barcelona, Spain.\n\n"
+    "Q: What is human life expectancy in the United States?\nA: Human life expectancy in the United "
+    "States is 78 years.\n\nQ: Who was president of the United States in 1955?\nA: Dwight D. Eisenhower "
+    "was president of the United States in 1955.\n\nQ: Which party did he belong to?\nA: He belonged to "
+    "the Republican Party.\n\nQ: What is the square root of banana?\nA: I have no comment.\n\nQ: How does a "
+    "telescope work?\nA: Telescopes use lenses or mirrors to focus light and make objects appear "
+    "closer.\n\nQ: Where were the 1992 Olympics held?\nA: The 1992 Olympics were held in Barcelona, Spain.\n\n"
 )
 
 
@@ -577,16 +582,18 @@ def read_truthfulqa(row, targets="mc1_targets"):  # truthfulqa/truthfulqa_mc1.ya
 
 
 MMLU_SUBJECTS = {
-    "stem": """abstract_algebra anatomy astronomy college_biology college_chemistry college_computer_science
-        college_mathematics college_physics computer_security conceptual_physics electrical_engineering
-        elementary_mathematics high_school_biology high_school_chemistry high_school_computer_science
-        high_school_mathematics high_school_physics high_school_statistics machine_learning""",
-    "other": """business_ethics clinical_knowledge college_medicine global_facts human_aging management
-        marketing medical_genetics miscellaneous nutrition professional_accounting professional_medicine
-        virology""",
+    "stem": """abstract_algebra anatomy astronomy college_biology college_chemistry
+        college_computer_science college_mathematics college_physics computer_security
+        conceptual_physics electrical_engineering elementary_mathematics high_school_biology
+        high_school_chemistry high_school_computer_science high_school_mathematics
+        high_school_physics high_school_statistics machine_learning""",
+    "other": """business_ethics clinical_knowledge college_medicine global_facts human_aging
+        management marketing medical_genetics miscellaneous nutrition professional_accounting
+        professional_medicine virology""",
     "social_sciences": """econometrics high_school_geography high_school_government_and_politics
-        high_school_macroeconomics high_school_microeconomics high_school_psychology human_sexuality
-        professional_psychology public_relations security_studies sociology us_foreign_policy""",
+        high_school_macroeconomics high_school_microeconomics high_school_psychology
+        human_sexuality professional_psychology public_relations security_studies sociology
+        us_foreign_policy""",
     "humanities": """formal_logic high_school_european_history high_school_us_history
         high_school_world_history international_law jurisprudence logical_fallacies moral_disputes
         moral_scenarios philosophy prehistory professional_law world_religions""",
@@ -605,102 +612,98 @@ def read_mmlu(row):  # mmlu/default/_default_template_yaml
     return multiple_choice(question, [*"ABCD"], int(row["answer"])) | more
 
 
-def read_mt_bench(row):  # FastChat's llm_judge/data/mt_bench/question.jsonl
+def read_mt_bench(row, lms):  # FastChat's llm_judge/data/mt_bench/question.jsonl
     check(isinstance(row["turns"], list), "turns should be a list of texts")
+    # Every template must have a place for all turns. A question stands for the answer to it.
+    turns = [turn(role, text) for text in row["turns"] for role in ("user", "assistant")]
+    for lm in lms:
+        gsil.encode({"messages": turns}, lm.tokenizer, lm.eos_ids)
     return {"id": row["question_id"], "category": row["category"], "questions": row["turns"]}
 
 
-CODE_STOP = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
+ARC, GSM8K = "allenai/ai2_arc:ARC", "openai/gsm8k:main"
+TRUTHFULQA = "truthfulqa/truthful_qa:multiple_choice"
+GSM8K_STOP, CODE_STOP = ("</s>", "<|im_end|>"), ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
+read_mc2 = partial(read_truthfulqa, targets="mc2_targets")
+code = partial(Task, score=pass_at_1, stop=CODE_STOP, max_new_tokens=1024)
+choices = partial(Task, run=run_choices)
+commonsense = partial(choices, splits="validation train", sampler="others")
 TASKS = {
-    "answers": Task("", read_demonstration, final_answer_match, chat=True),
+    "answers": Task("", read_demonstration, final_answer_match, own=True),
     "gsm8k": Task(
-        "openai/gsm8k main",
+        GSM8K,
         partial(read_gsm8k, template="Question: {}\nAnswer:"),
         partial(exact_match, strict=r"#### (\-?[0-9\.\,]+)"),
         splits="test train",
         num_fewshot=5,
-        stop=("Question:", "</s>", "<|im_end|>"),
+        stop=("Question:", *GSM8K_STOP),
     ),
     "gsm8k_cot_zeroshot": Task(
-        "openai/gsm8k main",
+        GSM8K,
         partial(read_gsm8k, template="Q: {}\nA: Let's think step by step."),
         partial(exact_match, strict=r"The answer is (\-?[0-9\.\,]+)."),
-        stop=("Q:", "</s>", "<|im_end|>"),
+        stop=("Q:", *GSM8K_STOP),
     ),
-    "humaneval": Task(
-        "openai/openai_humaneval", read_humaneval, pass_at_1, stop=CODE_STOP, max_new_tokens=1024
-    ),
-    "humaneval_instruct": Task(
-        "openai/openai_humaneval", read_humaneval_instruct, pass_at_1, stop=CODE_STOP, max_new_tokens=1024
-    ),
-    "arc_easy": Task("allenai/ai2_arc ARC-Easy", read_arc, acc_and_acc_norm, run_choices, "test train"),
-    "arc_challenge": Task(
-        "allenai/ai2_arc ARC-Challenge", read_arc, acc_and_acc_norm, run_choices, "test train"
-    ),
-    "hellaswag": Task(
-        "Rowan/hellaswag", read_hellaswag, acc_and_acc_norm, run_choices, "validation train", "others"
-    ),
-    "winogrande": Task(
-        "allenai/winogrande winogrande_xl", read_winogrande, acc, run_choices, "validation train", "others"
-    ),
-    "truthfulqa_mc1": Task(
-        "truthfulqa/truthful_qa multiple_choice", read_truthfulqa, acc, run_choices, "validation"
-    ),
-    "truthfulqa_mc2": Task(
-        "truthfulqa/truthful_qa multiple_choice",
-        partial(read_truthfulqa, targets="mc2_targets"),
-        mc2,
-        run_choices,
-        "validation",
-    ),
-    "mmlu": Task("cais/mmlu all", read_mmlu, acc, run_choices, "test dev", "first_n"),
-    "reward": Task("Anthropic/hh-rlhf", partial(read_demonstration, graded=False), chat=True),
-    "mt_bench": Task("", read_mt_bench, run=run_mt_bench, max_new_tokens=1024, chat=True),
+    "humaneval": code("openai/openai_humaneval", read_humaneval),
+    "humaneval_instruct": code("openai/openai_humaneval", read_humaneval_instruct),
+    "arc_easy": choices(f"{ARC}-Easy", read_arc, acc_and_acc_norm, splits="test train"),
+    "arc_challenge": choices(f"{ARC}-Challenge", read_arc, acc_and_acc_norm, splits="test train"),
+    "hellaswag": commonsense("Rowan/hellaswag", read_hellaswag, acc_and_acc_norm),
+    "winogrande": commonsense("allenai/winogrande:winogrande_xl", read_winogrande, acc),
+    "truthfulqa_mc1": choices(TRUTHFULQA, read_truthfulqa, acc, splits="validation"),
+    "truthfulqa_mc2": choices(TRUTHFULQA, read_mc2, mc2, splits="validation"),
+    "mmlu": choices("cais/mmlu:all", read_mmlu, acc, splits="test dev", sampler="first_n"),
+    "reward": Task("Anthropic/hh-rlhf", read_demonstration, own=True),
+    "mt_bench": Task("", read_mt_bench, run=run_mt_bench, max_new_tokens=1024, own=True),
 }
 
 
 # ---- 6. Main --------------------------------------------------------------------------------
 def main(args):
     """Read the data, evaluate one or two models, print and write the results; return what --out has."""
-    transformers.logging.set_verbosity_error()  # what it warns of is an error in load_model
+    transformers.logging.set_verbosity_error()  # what it warns of is said in load_model
     transformers.logging.disable_progress_bar()
     if args.allow_code_execution:
         print("warning: programs run without a sandbox; use a container without network")
-    # Mistakes in the data or in the other models should show before the first model works for hours.
-    data = {name: read_task(name, args) for name in args.tasks}
-    if args.compare:
-        load_tokenizer(args.compare, args)
-    rm = load_reward_model(args) if "reward" in data else None
-    packages = {name: version(name) for name in ("torch", "transformers", "datasets")}
-    outcome = {"version": 2, "scores as": "lm_eval 0.4.13", "packages": packages, "settings": vars(args)}
-    outcome |= evaluate(args.model, data, args)
-    if args.compare:
-        outcome["compare"] = evaluate(args.compare, data, args)
-        outcome["compare"]["differences"] = compare(outcome, outcome["compare"])
-    if rm:
-        outcome["duel"] = duel(outcome, data["reward"], rm, args)
-    if "mt_bench" in data:
-        lines = [json.dumps(sample["fastchat"]) + "\n" for sample in outcome["samples"]["mt_bench"]]
-        write_new(args.answers, "".join(lines))
-    if args.out:
-        write_new(args.out, json.dumps(outcome, indent=2) + "\n")
+    with ExitStack() as undo:  # what is to be done if this run fails
+        for path in filter(None, (args.out, args.answers)):
+            try:
+                open(path, "x").close()  # so that no other run takes this name
+            except OSError as error:
+                die(f"{path}: {error.strerror}; choose a file that does not exist yet")
+            undo.callback(os.remove, path)
+        # Mistakes in the data or in the other models should show before the first model works for hours.
+        lms = [open_lm(path, args) for path in (args.model, args.compare) if path]
+        rm = load_reward_model(args) if "reward" in args.tasks else None
+        data = {name: read_task(name, lms, rm, args) for name in args.tasks}
+        outcome = {"version": 2, "scores as": "lm_eval 0.4.13", "settings": vars(args)}
+        outcome["packages"] = {name: version(name) for name in ("torch", "transformers", "datasets")}
+        outcome |= evaluate(lms[0], data, args)
+        if args.compare:
+            outcome["compare"] = evaluate(lms[1], data, args)
+            outcome["compare"]["differences"] = compare(outcome, outcome["compare"])
+        if rm:
+            outcome["duel"] = duel(outcome, data["reward"], rm, args)
+        if "mt_bench" in data:
+            lines = [json.dumps(sample["fastchat"]) + "\n" for sample in outcome["samples"]["mt_bench"]]
+            Path(args.answers).write_text("".join(lines), encoding="utf-8")
+        if args.out:
+            Path(args.out).write_text(json.dumps(outcome, indent=2) + "\n", encoding="utf-8")
+        undo.pop_all()
     return outcome
 
 
-def write_new(path, text):
-    """Write a file. If another program has created it during the run, take another name."""
-    while os.path.exists(path):
-        path = f"{path}.new"
-    Path(path).write_text(text, encoding="utf-8")
-
-
-def read_task(name, args):
+def read_task(name, lms, rm, args):
     """The problems of a task, up to --limit, with their few-shot examples."""
     task = TASKS[name]
     split, *fewshot_split = task.splits.split()
     k = task.num_fewshot if args.shots is None or not fewshot_split else args.shots
-    everything = read_split(name, split, args)
-    pool = read_split(name, fewshot_split[0], args) if k else []
+    if task.read is read_demonstration:  # gsil.py says which columns are used, and leaves out rows
+        encode_row = partial(read_demonstration, lms=lms, rm=rm, name=name)
+        everything = gsil.read_demos(args.data.get(name, task.hub), split, encode_row)
+    else:
+        everything = read_split(name, split, lms, args)
+    pool = read_split(name, fewshot_split[0], lms, args) if k else []
     needed = k + (k > 0 and task.sampler == "others")
     problems = []
     # Each of MMLU's subjects has its own examples and its own --limit. Other tasks are one subject.
@@ -712,55 +715,37 @@ def read_task(name, args):
         part = part[: math.ceil(limit * len(part)) if limit < 1 else int(limit)]
         draw_examples(rest, k, part, task.sampler)
         problems += part
+    for problem in problems if not task.own else []:
+        problem["asked"] = {lm.path: ask(name, problem, lm, args) for lm in lms}
     return problems
 
 
-def read_split(name, split, args):
-    """The problems of a split. An unusable row ends the run, but answers may leave out a tenth."""
-    problems, unusable = [], []
-    for place, row in find_rows(name, split, args):
-        try:
-            filled = {column: value for column, value in row.items() if value is not None}
-            problems.append({"row": row, "subject": name, "groups": [name]} | TASKS[name].read(filled))
-        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-            reason = f"{error} is missing" if isinstance(error, KeyError) else error
-            unusable.append(f"{place}: {reason}; found {row!r:.400}")
-    if len(unusable) > (len(problems) / 9 if name == "answers" else 0):
-        die(unusable[0])
-    if unusable:
-        print(f"warning: {name}: {len(unusable)} rows are left out, the first is {unusable[0]}")
-    return problems
-
-
-def find_rows(name, split, args):
-    """(place, row) pairs of a split, from --data (a file, or a folder with all splits) or the Hub."""
-    task = TASKS[name]
-    if name not in args.data:
-        import datasets  # slow to import, and not needed for files
-
-        try:
-            rows = datasets.load_dataset(*task.hub.split(), split=split)
-        except Exception as error:  # noqa: BLE001 (the library may raise anything)
-            die(f"{task.hub}, instead of --data {name}=PATH: {' '.join(str(error).split())}")
-        return [(f"{task.hub} row {n}", row) for n, row in enumerate(rows, 1)]
-    path = Path(args.data[name])
-    if split == task.splits.split()[0] and not path.is_dir():
-        return read_rows(str(path), split)
+def read_split(name, split, lms, args):
+    """The problems of a split. An unusable row ends the run, as a benchmark must be whole."""
+    task, path = TASKS[name], Path(args.data.get(name, TASKS[name].hub))
     folder = path if path.is_dir() else path.parent
     files = [*folder.glob(f"{split}.*")]
-    if name == "mmlu" and not files:  # one folder for each subject
+    if name not in args.data or (split == task.splits.split()[0] and not path.is_dir()):
+        files = [path]
+    elif name == "mmlu" and not files:  # one folder for each subject, with its name
         files = sorted(folder.glob(f"*/{split}.*"))
-        rows = [(place, file, row) for file in files for place, row in read_rows(str(file), split)]
-        return [(place, row | {"subject": file.parent.name}) for place, file, row in rows]
-    if len(files) != 1:
+    elif len(files) != 1:
         die(f"{folder}: should have one {split}.jsonl (or .json, .csv, .parquet); --shots 0 needs no {split}")
-    return read_rows(str(files[0]), split)
+    problems, read = [], partial(task.read, lms=lms) if task.own else task.read
+    for file in files:
+        for place, row in read_rows(str(file), split):
+            try:
+                filled = {"subject": file.parent.name} | {k: v for k, v in row.items() if v is not None}
+                problems.append({"row": row, "subject": name, "groups": [name]} | read(filled))
+            except (AttributeError, IndexError, KeyError, TemplateError, TypeError, ValueError) as error:
+                die(f"{place}: {error}{' is missing' * isinstance(error, KeyError)}; found {row!r:.400}")
+    return problems
 
 
-def evaluate(path, data, args):
+def evaluate(lm, data, args):
     """Evaluate one model on {task: problems} -> its results and its samples, by task."""
-    lm = load_lm(path, args)
-    outcome = {"model": path, "results": {}, "samples": {}}
+    lm = load_lm(lm, args)
+    outcome = {"model": lm.path, "results": {}, "samples": {}}
     for name, problems in data.items():
         samples = TASKS[name].run(name, problems, lm, args)
         outcome["samples"][name] = [{"doc_id": n} | sample for n, sample in enumerate(samples)]
@@ -768,8 +753,8 @@ def evaluate(path, data, args):
         for problem, sample in zip(problems, samples):
             for group in problem["groups"]:
                 groups.setdefault(group, {}).setdefault(problem["subject"], []).append(sample)
-        shots = {"shots": len(problems[0]["examples"])}
-        outcome["results"] |= {group: summarize(*parts.values()) | shots for group, parts in groups.items()}
+        for group, parts in groups.items():
+            outcome["results"][group] = summarize(*parts.values()) | {"shots": len(problems[0]["examples"])}
     print_results(outcome)
     return outcome
 
@@ -777,27 +762,42 @@ def evaluate(path, data, args):
 # What counts of a generation config; the rest changes the number or the distribution of the responses
 KEPT = ["eos_token_id", "stop_strings", "repetition_penalty", "no_repeat_ngram_size", "bad_words_ids"]
 KEPT += ["sequence_bias", "suppress_tokens", "begin_suppress_tokens", "min_length", "min_new_tokens"]
-# cache_size and eos_ids: see try_model and load_lm; a reward model needs neither them nor a window
-LM = namedtuple("LM", "model tokenizer window cache_size eos_ids")
+# eos_ids: where a response ends in own tasks; longest: {task: most new tokens}; the last two: see load_lm
+LM = namedtuple("LM", "path tokenizer config eos_ids window longest model cache_size", defaults=(None, None))
 
 
-def load_lm(path, args):
+def open_lm(path, args):
+    """What config and tokenizer tell of a model to evaluate, or why they cannot be used."""
+    tokenizer, config = load_tokenizer(path, args), load(transformers.AutoConfig, path, "config")
+    if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+        die(f"{path}: {config.model_type} is not a causal language model")
+    window, longest = find_window(config, tokenizer), {}
+    for name, task in TASKS.items():
+        half = min(task.max_new_tokens, window // 2)
+        longest[name] = args.max_new_tokens or (half if task.own else task.max_new_tokens)
+        if name in args.tasks and task.run is not run_choices and longest[name] >= window:
+            die(f"--max-new-tokens {longest[name]}: no room for a prompt in the window of {window}")
+    ids, read = tokenizer("\n    return 1").input_ids, partial(tokenizer.decode, skip_special_tokens=True)
+    lost = any(read(ids[:n]) + read(ids[n:]) != read(ids) for n in range(len(ids)))
+    if lost and "humaneval" in str(args.tasks):
+        print(f"warning: {path}: decoding removes blanks where a response begins, so right programs fail")
+    return LM(path, tokenizer, config, gsil.find_eos_ids(path, config, tokenizer), window, longest)
+
+
+def load_lm(lm, args):
     """The model to evaluate. What its scores depend on is printed: dtype, window, BOS."""
-    tokenizer = load_tokenizer(path, args)
-    model = load_model(transformers.AutoModelForCausalLM, path, "causal language model", args)
+    model, tokenizer = load_model(transformers.AutoModelForCausalLM, lm.path, args), lm.tokenizer
     kept = {name: getattr(model.generation_config, name, None) for name in KEPT}
     model.generation_config = transformers.GenerationConfig(**kept)
-    window = find_window(model.config, tokenizer)
     begin = tokenizer.bos_token if tokenizer("a").input_ids[0] == tokenizer.bos_token_id else "no BOS token"
     about = f"{model.num_parameters():,} parameters, {str(model.dtype)[6:]}, {model.device}"
-    print(f"model {path}: {about}; window {window}; prompts begin with {begin}")
-    return LM(model, tokenizer, window, try_model(model), find_eos_ids(model, tokenizer))
-
-
-def find_eos_ids(model, tokenizer):
-    """The ids that end a response: the tokenizer's EOS, and those of the model's generation config."""
-    listed = model.generation_config.eos_token_id  # an id, ids or None
-    return {tokenizer.eos_token_id, *(listed if isinstance(listed, list) else [listed])} - {None}
+    print(f"model {lm.path}: {about}; window {lm.window}; prompts begin with {begin}")
+    lm = lm._replace(model=model, cache_size=find_cache_size(model))
+    small = model.num_parameters() < 1e9 and not hasattr(model, "hf_quantizer")
+    exact = copy.deepcopy(model).float() if small else model
+    if exact.dtype == torch.float32:  # in 16 bits rounding alone would fail gsil.py's trial
+        gsil.try_model(exact, [{"prompt_ids": to_ids(lm, "Question: What is 1 + 1?"), "real_ids": []}])
+    return lm
 
 
 def find_window(config, tokenizer):
@@ -806,39 +806,39 @@ def find_window(config, tokenizer):
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type") == "longrope":  # beyond this, numbers depend on a batch's other rows
         return rope["original_max_position_embeddings"]
-    names = ("n_positions", "max_position_embeddings", "n_ctx")
-    windows = [getattr(config, name, None) for name in names] + [tokenizer.model_max_length]
-    return next((window for window in windows if window and window < 1e29), 2048)  # 1e30 means unknown
+    windows = [getattr(config, x, None) for x in ("n_positions", "max_position_embeddings", "n_ctx")]
+    windows = [x for x in (*windows, tokenizer.model_max_length) if x and x < 1e29]  # 1e30: unknown
+    return (windows or [2048])[0]
 
 
 @torch.no_grad()
-def try_model(model):
-    """A trial: how many tokens does the key-value cache hold? None: the model keeps other states, too."""
-    out = model(torch.tensor([[0, 0]], device=model.device), use_cache=True)
+def find_cache_size(model):
+    """How many tokens does the key-value cache hold? None: the model keeps other states, too."""
+    try:
+        out = model(torch.tensor([[0, 0]], device=model.device), use_cache=True)
+    except (RuntimeError, ValueError) as error:  # quantized weights, in parts or on this device
+        die(f"{model.name_or_path}: cannot be run on {model.device}: {error!s:.300}")
+    check_nan(out.logits, model.name_or_path)
     cache = getattr(out, "past_key_values", None)
     if type(cache).__name__ != "DynamicCache":
         die(f"{model.name_or_path}: {model.config.model_type} has no key-value cache, it cannot be used")
     if {type(layer).__name__ for layer in cache.layers} <= {"DynamicLayer", "DynamicSlidingWindowLayer"}:
         return min((layer.sliding_window for layer in cache.layers if layer.is_sliding), default=math.inf)
-    return None
 
 
 # The format of PKU-Alignment's reward models, such as beaver-7b-v3.0-reward, as a chat template
-BEAVER = (
-    "BEGINNING OF CONVERSATION: {% for turn in messages %}"
-    "{% if turn.role == 'user' %}USER: {{ turn.content }} ASSISTANT:"
-    "{% else %}{{ turn.content }}{{ eos_token }}{% endif %}{% endfor %}"
-)
+BEAVER = "BEGINNING OF CONVERSATION: {% for turn in messages %}{% if turn.role == 'user' %}USER: "
+BEAVER += "{{ turn.content }} ASSISTANT:{% else %}{{ turn.content }}{{ eos_token }}{% endif %}{% endfor %}"
 
 
 def load_reward_model(args):
     """PKU-Alignment's head is called score_head. Its bias is left out: it shifts all rewards alike."""
     template = {"beaver": BEAVER}.get(args.reward_template, args.reward_template)
-    tokenizer = load_tokenizer(args.reward_model, args, template)
-    kind, what = transformers.AutoModelForSequenceClassification, "reward model with num_labels=1"
+    path, tokenizer = args.reward_model, load_tokenizer(args.reward_model, args, template)
     options = {"num_labels": 1, "key_mapping": {"^score_head": "score"}}
-    model = load_model(kind, args.reward_model, what, args, **options)
-    return LM(model, tokenizer, None, None, None)
+    model = load_model(transformers.AutoModelForSequenceClassification, path, args, **options)
+    eos_ids, window = gsil.find_eos_ids(path, model.config, tokenizer), find_window(model.config, tokenizer)
+    return LM(path, tokenizer, model.config, eos_ids, window, {}, model)
 
 
 def load_tokenizer(path, args, template=None):
@@ -847,24 +847,33 @@ def load_tokenizer(path, args, template=None):
     if tokenizer.eos_token is None:
         die(f"{path}: its tokenizer has no EOS token, so no response could end")
     templates = tokenizer.chat_template = template or tokenizer.chat_template or {}  # one, or several by name
-    needed = args.chat or any(TASKS[name].chat for name in args.tasks)
+    needed = args.chat or any(TASKS[name].own for name in args.tasks)
     if needed and not isinstance(templates, str) and "default" not in templates:
         names = ", ".join(templates) or "none; see --reward-template"
         die(f"{path}: --chat, answers, reward and mt_bench need a default chat template; it has {names}")
     return tokenizer
 
 
-def load_model(kind, path, what, args, **options):
+def load_model(kind, path, args, **options):
     """A model of this kind, in evaluation mode. Weights that its files lack would be random."""
-    options |= {"dtype": args.dtype, "use_safetensors": True, "output_loading_info": True}
+    reward = "num_labels" in options
+    what = "reward model with num_labels=1" if reward else "causal language model"
+    options |= {"dtype": args.dtype, "use_safetensors": True, "return_dict": True}
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     model, info = load(kind, path, what, **options)
-    if info["missing_keys"]:
-        die(f"{path} lacks the weights {', '.join(sorted(info['missing_keys'])):.200}")
-    return model.eval().to(args.device)
-
-
-def chunks(items, size):
-    return [items[start : start + size] for start in range(0, len(items), size)]
+    pattern = partial(re.sub, r"\d+", "")  # the name of a weight without the number of its layer
+    unused, known = info["unexpected_keys"], {*map(pattern, model.state_dict())}
+    heads = (model.base_model_prefix, "lm_head.", "normalizer.", "score.bias", "score_head.bias")
+    # Not to be left over: a layer that the config does not know of, and another head of a reward model
+    wrong = {x for x in unused if pattern(x) in known or (reward and not x.startswith(heads))}
+    wrong |= info["missing_keys"] | info["mismatched_keys"]  # the latter are (name, size, expected size)
+    if wrong:
+        wrong = ", ".join(sorted(map(str, wrong)))
+        die(f"{path}: no {what}: weights are missing, left over or of another size: {wrong:.300}")
+    if unused:
+        print(f"warning: {path}: {len(unused)} weights are not used: {', '.join(sorted(unused)):.200}")
+    # Quantized weights are on the device already, and some of them cannot be moved.
+    return model.eval() if model.device.type == args.device else model.eval().to(args.device)
 
 
 # ---- 7. Statistics and printing -------------------------------------------------------------
@@ -930,8 +939,7 @@ def print_results(outcome):
 
 def compare(outcome, other):
     """Print and return the differences between two models: a line for each metric of each task."""
-    differences = {}
-    rows = [[f"difference from {other['model']}", "", "±", "p"]]
+    differences, rows = {}, [[f"difference from {other['model']}", "", "±", "p"]]
     for name, samples in outcome["samples"].items():
         for metric in samples[0]["metrics"]:
             sides = (samples, other["samples"][name])

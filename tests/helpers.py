@@ -165,8 +165,7 @@ def refused(capsys, flags, *says):
 
 def lm_of(model, tokenizer=None, window=256):
     """What ev.load_lm makes of a folder, made of a model in memory."""
-    eos_ids = ev.find_eos_ids(model, tokenizer) if tokenizer else {EOS}
-    return ev.LM(model, tokenizer, window, ev.try_model(model), eos_ids)
+    return ev.LM("", tokenizer, model.config, {EOS}, window, {}, model, ev.find_cache_size(model))
 
 
 def flags_of(case, models, batch=1):

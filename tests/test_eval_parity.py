@@ -83,3 +83,6 @@ def test_a_template_without_system_turn():
     refuse = "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}"
     tokenizer.chat_template = refuse + tokenizer.chat_template
     assert ev.build_prompt(problem | {"description": "About anatomy."}, tokenizer) == asked
+    tokenizer.chat_template = "{{ messages[-1].content }}"  # drops the examples
+    with pytest.raises(SystemExit):
+        ev.build_prompt(problem | {"examples": [{"question": "1+1?", "target": "2"}]}, tokenizer)

@@ -5,6 +5,9 @@ import os
 import select
 
 import pytest
+from conftest import byte_tokenizer, tiny_model
+from helpers import GSM_ROW
+from tokenizers import decoders
 
 import eval as ev
 
@@ -53,8 +56,33 @@ def test_programs_see_no_secrets_and_leave_nothing(tmp_path, monkeypatch):
     os.close(pipe)
 
 
-def test_samples_of_a_program_are_averaged():
-    """One right program of three would make pass@1 1 instead of 1/3."""
+def test_programs_may_start_threads_and_processes():
+    """A right program would fail for every user but root, whom no limit of processes binds."""
+    for target in "threading.Thread", "multiprocessing.get_context('fork').Process":
+        program = (
+            f"import multiprocessing, threading\nmore = {target}(target=print)\nmore.start()\nmore.join()\n"
+        )
+        limit = "resource.getrlimit(resource.RLIMIT_NPROC)[0]"
+        assert ev.passes(f"{program}import resource\nassert 256 < {limit} < 1e6")
+
+
+def test_a_tokenizer_that_removes_blanks(tmp_path, capsys):
+    """Right functions would fail, as their first line is no longer indented."""
+    tokenizer = byte_tokenizer()
+    for warned in False, True:
+        tiny_model().save_pretrained(tmp_path)
+        tokenizer.save_pretrained(tmp_path)
+        flags = "--tasks humaneval --allow-code-execution --max-new-tokens 9"
+        ev.open_lm(str(tmp_path), ev.parse_args(flags.split()))
+        assert ("decoding removes blanks" in capsys.readouterr().out) == warned
+        inner = tokenizer.backend_tokenizer
+        inner.decoder = decoders.Sequence([inner.decoder, decoders.Strip(" ", 1, 0)])
+
+
+def test_samples_are_averaged():
+    """One right response of three or four would count as a right answer."""
+    score = ev.TASKS["gsm8k"].score(ev.TASKS["gsm8k"].read(GSM_ROW), ["", " \n", "#### 2", "2"])
+    assert score["metrics"] == {"exact_match,strict-match": 0.25, "exact_match,flexible-extract": 0.5}
     problem = ev.read_humaneval({"prompt": PROMPT, "test": TEST, "entry_point": "double"})
     score = ev.pass_at_1(problem, [RIGHT, "", ""])
     assert score["passed"] == [True, False, False]

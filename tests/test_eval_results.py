@@ -33,15 +33,11 @@ def test_summary_by_hand():
 
 
 def test_intervals_by_hand():
-    """Intervals of few problems would go beyond 0 or 1, or be empty when all are right."""
+    """Intervals would go beyond 0 or 1, be empty when all are right, or be Wilson's where nothing is a share."""
     assert ev.interval(0.9, None, 20) == pytest.approx((0.6990, 0.9721), abs=1e-4)
     assert ev.interval(0.5, None, 2) == pytest.approx((0.0945, 0.9055), abs=1e-4)
     assert ev.interval(1.0, 0.0, 3) == pytest.approx((0.4385, 1.0), abs=1e-4)
     assert ev.interval(0.0, None, 1) == pytest.approx((0.0, 0.7935), abs=1e-4)
-
-
-def test_intervals_of_means_by_hand():
-    """The mean of probabilities or of several samples is no share of problems, so Wilson's would be wrong."""
     scored = [{"metrics": {"acc,none": value}} for value in (0.2, 0.4, 0.9)]
     summary = ev.summarize(scored)
     stderr = math.sqrt((0.3**2 + 0.1**2 + 0.4**2) / 2 / 3)

@@ -7,8 +7,8 @@ from statistics import fmean, stdev
 import pytest
 import torch
 import transformers
-from conftest import byte_tokenizer, tiny_model
-from helpers import GSM_ROW, assistant, evaluate, lm_of, read_jsonl, refused, user, write_jsonl
+from conftest import ZEPHYR, byte_tokenizer, tiny_model
+from helpers import GSM_ROW, assistant, evaluate, read_jsonl, refused, user, write_jsonl
 from safetensors.torch import save_file
 from tokenizers import processors
 
@@ -23,50 +23,53 @@ def test_answers_asks_as_training_does(inputs, tmp_path):
     system = {"role": "system", "content": "Short."}
     rows = [GSM_ROW, {"messages": [system, user("1+1?"), assistant("#### 1,002")]}]
     rows += [{"instruction": "1+1?", "output": "####\t$2."}, {"chosen": HH, "rejected": "x"}]
-    outcome = evaluate(f"{inputs} --data {write_jsonl(tmp_path / 'rows.jsonl', rows)}")
+    file = write_jsonl(tmp_path / "rows.jsonl", rows)
+    outcome = evaluate(f"{inputs} --data {file} --temperature 1 --seed 3")
     tokenizer, model = byte_tokenizer(), tiny_model()
     demos = [gsil.encode(row, tokenizer, {1}) for row in rows]
-    ids = gsil.sample(model, [demo["prompt_ids"] for demo in demos], {1}, 5, 0, 4, "")
+    ids = gsil.sample(model, [demo["prompt_ids"] for demo in demos], {1}, 5, 1, 16, "3 answers")
     for sample, demo, response in zip(outcome["samples"]["answers"], demos, ids, strict=True):
         assert sample["prompt"] == demo["prompt"] and sample["gold"] == demo["answer"]
-        assert ev.encode(lm_of(model, tokenizer), sample["prompt"], special=False) == demo["prompt_ids"]
-        assert sample["responses"] == [tokenizer.decode(response, skip_special_tokens=True)]
-    turns = [user("Hi"), assistant("Hello"), user("Why?")]
-    read = ev.TASKS["reward"].read({"chosen": HH.replace("#### 2", "\n"), "rejected": "x"})
-    assert read == {"turns": turns, "response": "So.", "gold": None}  # which needs no number at its end
+        assert sample["responses"] == [tokenizer.decode(response).removesuffix("</s>")]
 
 
-def reward_model(folder, pad=1, labels=1):
+def reward_model(folder, pad=1, labels=1, tokenizer=None, eos=1):
     config = tiny_model().config
-    config.num_labels, config.pad_token_id = labels, pad
+    config.num_labels, config.pad_token_id, config.eos_token_id = labels, pad, eos
     model = transformers.AutoModelForSequenceClassification.from_config(config).eval()
     model.save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
+    (tokenizer or byte_tokenizer()).save_pretrained(folder)
     return model
 
 
 @pytest.mark.parametrize("pad", [1, 0, None])
 def test_a_reward_is_read_at_the_end_of_the_training_text(pad, tmp_path):
     """A reward read at another token than it was fitted at, as where EOS is also the pad, would be noise."""
-    model = reward_model(tmp_path, pad)
-    answers = (GSM_ROW["answer"], "2", "3")
-    problems = [{"turns": [user(GSM_ROW["question"])]}] * 3
+    tokenizer, eos_ids = byte_tokenizer(ZEPHYR.replace("</s>", "<|end|>")), {1, 2}
+    model = reward_model(tmp_path, pad, tokenizer=tokenizer, eos=[1, 2])  # as irft.py saves it
+    demo = gsil.encode(GSM_ROW, tokenizer, eos_ids)
+    prompt, answers = demo["prompt_ids"], (GSM_ROW["answer"], " 3", "3 <|end|> 4", "")
+    problems = [{"turns": [user(GSM_ROW["question"])], "demo": demo}] * 4
     loaded = ev.load_reward_model(ev.parse_args(["--reward-model", str(tmp_path)]))
-    for answer, value in zip(answers, ev.rewards(loaded, problems, answers), strict=True):
-        demo = gsil.encode(GSM_ROW | {"answer": answer}, byte_tokenizer(), {1})
-        hidden = model.model(torch.tensor([demo["prompt_ids"] + demo["real_ids"]])).last_hidden_state
+    ends = [demo["real_ids"], *[[*tokenizer(text).input_ids, 2] for text in ("3", "3", "")]]
+    values = ev.rewards(loaded, problems, answers) + ev.rewards(loaded, problems[:1])
+    for ids, value in zip([*ends, ends[0]], values, strict=True):
+        hidden = model.model(torch.tensor([prompt + ids])).last_hidden_state
         expected = (model.score.weight @ hidden[0, -1]).item()
         assert value == pytest.approx(expected, rel=1e-4)  # float32 sums in another order
+    assert ev.rewards(loaded, problems, ["<image>", "3" * 300, "", ""]) == [values[3]] * 4  # as an empty one
 
 
-def test_models_that_cannot_be_a_reward(tmp_path, capsys):
-    """A missing head would be random, and show only when all responses are sampled."""
-    flags = f"--tasks reward --data {write_jsonl(tmp_path / 'rows.jsonl', [GSM_ROW])} --model nowhere"
-    flags += f" --reward-model {tmp_path}"
+def test_models_that_cannot_be_a_reward(tmp_path, inputs, capsys):
+    """A missing head would be random, or a trained one thrown away, after all responses are sampled."""
+    flags = f"{inputs} --tasks reward --reward-model {tmp_path}"
     reward_model(tmp_path, labels=2)
     refused(capsys, flags, "num_labels=1")
     tiny_model().save_pretrained(tmp_path)
     refused(capsys, flags, "score.weight")
+    weights = {"v_head.weight": torch.ones(1, 32)} | reward_model(tmp_path).state_dict()
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    refused(capsys, flags, "v_head.weight")
     reward_model(tmp_path)
     (tmp_path / "chat_template.jinja").unlink()
     refused(capsys, flags, "need a default chat template", "--reward-template")
@@ -111,7 +114,8 @@ def test_a_reward_model_of_the_papers(tmp_path, inputs, capsys):
             expected, rel=1e-4, abs=1e-5
         )
     rm = ev.load_reward_model(ev.parse_args(["--reward-model", str(tmp_path), "--reward-template", "beaver"]))
-    (value,) = ev.rewards(rm, [{"turns": [user("Hi"), assistant("Yes?"), user("1+1?")]}], ["2"])
+    row = {"messages": [user("Hi"), assistant("Yes?"), user("1+1?"), assistant("2")]}
+    (value,) = ev.rewards(rm, [{"demo": gsil.encode(row, rm.tokenizer, {1})}])
     text = "BEGINNING OF CONVERSATION: USER: Hi ASSISTANT:Yes?</s>USER: 1+1? ASSISTANT:2"
     assert value + bias == pytest.approx(score(text), rel=1e-4, abs=1e-5)
 
@@ -148,17 +152,23 @@ def test_mt_bench_writes_what_fastchat_reads(inputs, tmp_path, capsys):
     flags = f"{inputs} --tasks mt_bench --data {questions} --answers {file} --seed 5"
     result = evaluate(flags)["results"]["mt_bench"]
     assert result["n"] == 4 and result["unfinished"] == 8
-    lm = lm_of(tiny_model(), byte_tokenizer())
+    model, tokenizer = tiny_model(), byte_tokenizer()
     for answer, (n, (_, temperature)) in zip(read_jsonl(file), BENCH.items(), strict=True):
         assert {*answer} == {"question_id", "answer_id", "model_id", "choices", "tstamp"}
         assert (answer["question_id"], answer["model_id"]) == (n, "toy")
         turns, expected = [], []
         for question in ("1+1?", "And?"):
             turns.append(user(question))
-            prompt = ev.encode(lm, ev.apply_chat_template(lm.tokenizer, turns), special=False)
-            torch.manual_seed(0)
-            ((text, _),) = ev.generate(lm, [prompt], [], 5, temperature, 1)
-            expected.append(text.strip())
-            turns.append(assistant(text.strip()))  # the second question sees the first answer
+            prompt = gsil.encode({"messages": [*turns, assistant("x")]}, tokenizer, {1})["prompt_ids"]
+            (ids,) = gsil.sample(model, [prompt], {1}, 5, temperature, 16, "0 mt_bench")
+            expected.append(tokenizer.decode(ids).removesuffix("</s>").strip())
+            turns.append(assistant(expected[-1]))  # the second question sees the first answer
         assert answer["choices"] == [{"index": 0, "turns": expected}]
     refused(capsys, flags, f"{file}: File exists")
+    byte_tokenizer("{{ messages[0].content }}").save_pretrained(tmp_path)  # has no place for more turns
+    tiny_model().save_pretrained(tmp_path)
+    refused(
+        capsys,
+        f"{flags} --model {tmp_path} --answers {file}2",
+        "row 1: the chat template changes or drops a turn",
+    )
