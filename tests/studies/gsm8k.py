@@ -85,6 +85,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT)]
 
 import torch
+from transformers import AutoTokenizer
 
 import gsil
 import irft
@@ -404,7 +405,7 @@ def study(args):
     """Every arm of every seed that is not finished, and the tables after each."""
     gc.freeze()  # the libraries' objects, which every load_model would look through for garbage
     options = gsil.parse_args(["--device", args.device, "--out", str(args.out / "unused")])
-    tokenizer = gsil.load(gsil.AutoTokenizer, args.model, "tokenizer")
+    tokenizer = gsil.load(AutoTokenizer, args.model, "tokenizer")
     parts = select(read(args.data, "train"), read(args.data, "test"), tokenizer, args)
     args.results.mkdir(parents=True, exist_ok=True)
     (args.out / "data").mkdir(parents=True, exist_ok=True)

@@ -19,7 +19,7 @@ more to imitate than to exaggerate. Its rows try what may help GSIL there.
         --batch 32 --lesson 3200 --lesson-epochs 4 --require 0.9 --crowd 1152 --demos 768 --heldout 400 --seeds 3 \\
         --methods gsil spin rft extrapolated                    # for a GPU
 
-Results are in --out/CASE: results.md and shares.svg. Finished parts are kept, so the same command continues a study
+Results are in --out/CASE: results.md and shares.png, which takes matplotlib. Finished parts are kept, so the same command continues a study
 that was stopped. The weights of GSIL, SPIN and RFT are deleted once measured. A round that is not fitted to its
 optimum, for want of steps, stays between the start and the prediction: raise --epochs or --lr.
 """
@@ -394,10 +394,6 @@ means of computed probabilities; the columns named greedy or sampled have one an
 closed_form() per number of steps. NLL: nats per token of the right worked answers. ±: half a 95 % interval, over
 problems and over seeds if there are several; seeds change order and samples, not the start and the data. tokens: of
 sampled answers. seconds: of training and its samples, without the search for SFT's setting."""
-COLORS = ["#8b949e", "#a371f7", "#d97706", "#3b82f6", "#2da44e", "#db61a2"]  # readable on white and on black
-FRAME = """<svg xmlns="http://www.w3.org/2000/svg" width="660" height="380" font-family="sans-serif" font-size="13">
-<g fill="#8b949e" stroke-width="2"><text x="60" y="16">share of answers with working</text>
-<text x="255" y="372" text-anchor="middle">1/scale</text><text x="480" y="40">line: predicted</text>"""
 
 
 def line(name, runs, predicted):
@@ -412,7 +408,7 @@ def line(name, runs, predicted):
 
 
 def report(out, parts, table, scales, head):
-    """Write results.md and shares.svg, and print the newest row."""
+    """Write results.md and shares.png, and print the newest row."""
     by_steps = shares(parts, table["start"][0]["works"])
     rows = [line(name, runs, predict(by_steps, scales[name])) for name, runs in table.items()]
     print(rows[-1], flush=True)
@@ -429,39 +425,23 @@ def report(out, parts, table, scales, head):
         (name, 1 / scales[name], *interval([run["works"] for run in runs])) for name, runs in table.items()
     ]
     curve = [predict(by_steps, 10 / i if i else math.inf) for i in range(36)]
-    write(out / "shares.svg", figure(curve, points))
+    figure(out / "shares.png", curve, points)
 
 
-def figure(curve, points):
-    """SVG of shares of working over 1/scale: predicted at 0, 0.1, ...; (name, 1/scale, share, half interval)."""
+def figure(file, curve, points):
+    """Draw shares of working over 1/scale: predicted at 0, 0.1, ...; (name, 1/scale, share, half interval)."""
+    if importlib.util.find_spec("matplotlib") is None:
+        print("no figure without matplotlib")
+        return
+    from matplotlib.figure import Figure  # not needed for the tables
 
-    def x(inverse):
-        return 60 + 110 * inverse
-
-    def y(share):
-        return 330 - 300 * share
-
-    svg = [FRAME]
-    for share in (0, 0.25, 0.5, 0.75, 1):
-        svg.append(f'<path d="M60 {y(share)}H450" stroke="{COLORS[0]}" stroke-opacity="0.3"/>')
-        svg.append(f'<text x="50" y="{y(share) + 4}" text-anchor="end">{share}</text>')
-    for inverse, label in ((0, "start"), (1, "1"), (2, "1/0.5"), (1 / 0.3, "1/0.3")):
-        svg.append(f'<text x="{x(inverse):.0f}" y="350" text-anchor="middle">{label}</text>')
-    path = " L".join(f"{x(i / 10):.1f} {y(share):.1f}" for i, share in enumerate(curve))
-    svg.append(f'<path d="M{path}" stroke="{COLORS[0]}" fill="none"/>')
-    labels = []
+    axes = (drawing := Figure()).subplots()
+    axes.plot([i / 10 for i in range(len(curve))], curve, color="gray", label="predicted")
     for name, inverse, share, half in points:
-        label = re.sub(r" [\d.]+", "", name)
-        if label not in labels:
-            labels.append(label)
-            height = 40 + 20 * len(labels)
-            svg.append(f'<circle cx="485" cy="{height - 4}" r="4" fill="{COLORS[len(labels) - 1]}"/>')
-            svg.append(f'<text x="495" y="{height}">{label}</text>')
-        color = COLORS[labels.index(label)]
-        at = x(inverse) + (6 * labels.index(label) - 12 if inverse else 0)  # side by side
-        svg.append(f'<path d="M{at:.1f} {y(share + half):.1f}V{y(share - half):.1f}" stroke="{color}"/>')
-        svg.append(f'<circle cx="{at:.1f}" cy="{y(share):.1f}" r="4" fill="{color}"/>')
-    return "\n".join([*svg, "</g></svg>", ""])
+        axes.errorbar(inverse, share, half, fmt="o", capsize=3, label=name)
+    axes.set(xlabel="1/scale", ylabel="share of answers with working", ylim=(0, 1.02))
+    axes.legend()
+    drawing.savefig(file)
 
 
 # These may differ from one call to the next in the same --out; all else would mix results.
