@@ -31,6 +31,7 @@ import random
 import re
 import sys
 import time
+import traceback
 from collections import namedtuple
 from contextlib import suppress
 from functools import partial
@@ -177,17 +178,14 @@ def reshard(model):
             module.reshard()
 
 
-def first_to_fail():
-    """Is this the first process that fails? The others fail with it, but have nothing to add."""
-    if WORLD == 1:
-        return True
-    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    return dist.TCPStore(*address).add("failures", 1) == 1  # torchrun's, which is there from the start
-
-
 def die(sentence):
-    """Report a user's mistake in one sentence, and exit with code 2."""
-    if first_to_fail():
+    """Report a user's mistake in one sentence, and exit with code 2. Only the first process that
+    fails reports: the others fail with it, but have nothing to add."""
+    failures = 1
+    if WORLD > 1:  # torchrun's store exists from the start
+        address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        failures = dist.TCPStore(*address).add("failures", 1)
+    if failures == 1:
         print(f"error: {sentence}", file=sys.stderr)
     sys.exit(2)
 
@@ -288,11 +286,6 @@ def tangent_exp(h, limit=H_MAX):
     return torch.exp(h.clamp(max=limit)) * (1 + F.relu(h - limit))
 
 
-def lsif(real, generated):
-    """-exp(h+) + exp(2 h-)/2, beyond H_MAX constant in h+ and linear in h-. (B,) each -> (B,)"""
-    return tangent_exp(2 * generated, 2 * H_MAX) / 2 - real.clamp(max=H_MAX).exp()
-
-
 # name -> f(h of demonstrations, h of own responses) -> loss, all (B,). Comments: the optimal h.
 LOSSES = {
     # log p/pi_t; the official code calls it Bernoulli
@@ -303,8 +296,8 @@ LOSSES = {
     "brier": lambda real, generated: (real.sigmoid() - 1) ** 2 + generated.sigmoid() ** 2,
     # log p/pi_t; at scale 1 it is SFT on average, up to a constant
     "kliep": lambda real, generated: -real + tangent_exp(generated),
-    # log p/pi_t
-    "lsif": lsif,
+    # log p/pi_t; -exp(h+) + exp(2 h-)/2, beyond H_MAX constant in h+ and linear in h-
+    "lsif": lambda real, generated: tangent_exp(2 * generated, 2 * H_MAX) / 2 - real.clamp(max=H_MAX).exp(),
     # log p/pi_t + a function of x, so that a shift has no effect; SPIN, arXiv 2401.01335
     "spin": lambda real, generated: -F.logsigmoid(real - generated),
 }
@@ -332,18 +325,15 @@ def sft_loss(model, demos, mean_length):
 
 
 # ---- 4. Train -----------------------------------------------------------------------------
-def padded_tokens(row):
-    """Tokens of a row in a forward pass: one text, or two that are padded to the longer one."""
-    sides = [row[key] for key in ("real_ids", "generated_ids") if key in row]
-    return len(sides) * (len(row["prompt_ids"]) + max(map(len, sides)))
-
-
 def update(model, optimizer, batch, loss_of, args):
     """One optimizer step on the mean loss of a batch. Returns the mean of every metric.
     loss_of(model, rows) -> losses (B,), {metric: (B,)}. Each process takes a share of the batch, in
     micro-batches of similar length, whose gradients add up to that of the whole batch."""
-    share, sums = batch[RANK::WORLD], {}
-    parts = batches([padded_tokens(row) for row in share], max_tokens=args.micro_batch)
+    share, sums, lengths = batch[RANK::WORLD], {}, []
+    for row in share:  # tokens in a forward pass: of one text, or of two, padded to the longer
+        sides = [len(row[key]) for key in ("real_ids", "generated_ids") if key in row]
+        lengths.append(len(sides) * (len(row["prompt_ids"]) + max(sides)))
+    parts = batches(lengths, max_tokens=args.micro_batch)
     for n in range(max(gather(len(parts)))):
         counts = n < len(parts)  # else a dummy: FSDP wants a backward pass of every process
         rows = [share[i] for i in parts[n]] if counts else batch[:1]
@@ -414,10 +404,11 @@ def train(model, rows, loss_of, epochs, folder, data, args, learned=()):
 
 
 # ---- 5. The method ------------------------------------------------------------------------
-def self_play(policy, demos, seed, file, data, args):
+def self_play(policy, demos, folder, data, args):
     """A round's pairs: every demonstration with a response of the policy, and log pi_t of both, such as
     {"prompt": "2 + 2", "response": "4", "generated": "5", "prompt_ids": [7, 3, 7], "real_ids": [9, 1],
     "generated_ids": [8, 1], "real_reference": -2.5, "generated_reference": -1.5}."""
+    file, seed = folder.with_suffix(".jsonl"), f"{args.seed} {folder.name.replace('_', ' ')}"
     if file.exists():  # the run was interrupted while it trained on them
         return [json.loads(line) for line in file.read_text().splitlines()]
     print(f"  sampling {len(demos)} responses")
@@ -456,8 +447,8 @@ def predict_habit(pairs, scale, data, args):
 
 def gsil_round(start, folder, data, args):
     """One round: the policy responds, then learns to tell the demonstrations from its responses."""
-    policy, seed = load_model(start, args), f"{args.seed} {folder.name.replace('_', ' ')}"
-    pairs = self_play(policy, data.demos, seed, folder.with_suffix(".jsonl"), data, args)
+    policy = load_model(start, args)
+    pairs = self_play(policy, data.demos, folder, data, args)
     if args.habit:
         predict_habit(pairs, args.scale if args.loss != "hinge" else None, data, args)
     shift = torch.tensor(args.shift or 0.0, device=policy.device)
@@ -470,12 +461,9 @@ def train_sft(folder, data, args):
     """The baseline: supervised fine-tuning on the demonstrations."""
     epochs = args.epochs * args.rounds * (3 if data.dev else 1)
     if args.loss != "sft":  # else there is no method to be fair to
+        choice = "--dev chooses one" if data.dev else "a third of the work, for want of --dev"
         ours = f"{args.loss} had {args.epochs * args.rounds}, with samples and two sides"
-        print(
-            f"  {epochs} epochs, which --dev chooses from; {ours}"
-            if data.dev
-            else f"  {epochs} epochs, a third of the work: {ours}; without --dev more may overfit"
-        )
+        print(f"  {epochs} epochs ({choice}); {ours}")
     loss_of = partial(sft_loss, mean_length=fmean(len(demo["real_ids"]) for demo in data.demos))
     train(load_model(args.model, args), data.demos, loss_of, epochs, folder, data, args)
 
@@ -515,8 +503,7 @@ def main(args):
         die(f"--warmup {args.warmup}: a round has {steps} steps, so --lr would never be reached")
     policy = load_model(args.model, args)
     try_model(policy, data.demos)
-    size = f"{policy.num_parameters():,} parameters"
-    print(f"model   {args.model}: {size}, {WORLD} x {policy.device}")
+    print(f"model   {args.model}: {policy.num_parameters():,} parameters, {WORLD} x {policy.device}")
     args = take_folder(args, f"runs/gsil-{args.loss}")
     shift = "learned" if args.shift is None else args.shift
     print(f"method  {args.loss}, scale {args.scale}, shift {shift}, results in {args.out}")
@@ -551,11 +538,11 @@ def main(args):
 # ---- 6. Data: rows of any usual format -> token ids ---------------------------------------
 # Columns of prompt and response; the first pair whose columns a row has filled is used. Without a
 # prompt column the other one holds a conversation, and its last assistant turn is the response.
-COLUMNS = [("prompt", "chosen"), (None, "chosen"), ("prompt", "response"), ("prompt", "completion")]
-COLUMNS += [("question", "answer"), ("instruction", "output"), (None, "real"), (None, "messages")]
-COLUMNS += [(None, "conversations")]
+COLUMNS = ["prompt+chosen", "chosen", "prompt+response", "prompt+completion", "question+answer"]
+COLUMNS += ["instruction+output", "real", "messages", "conversations"]
 ROLES = {"user": "user", "human": "user", "prompter": "user", "system": "system"}
 ROLES |= dict.fromkeys(["assistant", "gpt", "bot", "model", "chatbot"], "assistant")
+EMPTY = (None, "", [], "[]")  # values of a column or key that is not filled
 # How another column, or another key of a turn, tells by its name and value that a row is none to imitate
 GOOD = r"(is_|was_)?(label|desir\w*|accept\w*|approv\w*|good|correct|valid|keep|train|weight|pass\w*)"
 BAD = r"(is_|was_)?(reject\w*|bad|wrong|incorrect|invalid|undesir\w*|toxic|harmful|flagged|spam)"
@@ -600,19 +587,9 @@ def read_rows(path, split):
         die(f"{place}: {' '.join(str(error.__cause__ or error).split())}")
 
 
-def check_unused(name, value):
-    """Raise NoDemonstration if a column or a key that is not used says that its row is none."""
-    name, text = name.lower(), str(value).strip().lower()
-    if re.search(MORE, name) or re.fullmatch(FILE, text, re.DOTALL):
-        raise NoDemonstration(f"{name!r} holds more than the text of a response")
-    good, bad = re.fullmatch(GOOD, name), re.fullmatch(BAD, name)
-    if (good and re.fullmatch(NO, text)) or (bad and text in ("true", "yes", "1")):
-        raise NoDemonstration(f"{name!r} is {value!r}, which marks it as bad")
-
-
 def to_turns(turns, role):
     """A text, or turns with role and content or from and value -> [{"role", "content"}], and the other
-    keys of the last turn, {key: value}."""
+    keys of the last turn by the assistant, {key: value}."""
     messages, others = [], {}
     for turn in turns if isinstance(turns, list) else [{"role": role, "content": turns}]:
         if not isinstance(turn, dict) or not (turn.get("role") or turn.get("from")):
@@ -620,20 +597,21 @@ def to_turns(turns, role):
         role = str(turn.get("role") or turn["from"]).strip().lower()
         content = turn.get("value") if turn.get("content") is None else turn["content"]
         used = ("role", "from", "content", "value")
-        others = {key: turn[key] for key in turn if key not in used and turn[key] not in (None, "", [], "[]")}
+        keys = {key: turn[key] for key in turn if key not in used and turn[key] not in EMPTY}
         parts = content if isinstance(content, list) else [None]
         if all(isinstance(part, dict) and part.get("type") == "text" for part in parts):
             content = "".join(str(part.get("text") or "") for part in parts)
         # Numbers may be ids or weights. Another text is a thought or a channel, a list a call or a picture.
-        more = [key for key in others if key != "name" and not isinstance(others[key], (int, float))]
+        more = [key for key in keys if key != "name" and not isinstance(keys[key], (int, float))]
         if more or isinstance(content, list) or "<image>" in str(content):
             raise NoDemonstration(f"a turn has more than a role and a text: {turn!r:.80}")
         if role not in ROLES:
-            raise NoDemonstration(f"a turn is neither user's nor assistant's nor system's, but {role!r}")
+            raise NoDemonstration(f"a turn's role is {role!r}")
         if not isinstance(content, str) or (role != "system" and not content.strip()):
             raise ValueError(f"a turn is empty: {turn!r:.80}")
         content.encode()  # half an emoji raises a ValueError
         messages.append({"role": ROLES[role], "content": content})
+        others = keys if ROLES[role] == "assistant" else others
     return messages, others
 
 
@@ -642,12 +620,12 @@ def to_messages(row):
     Raises NoDemonstration or another ValueError with the reason if that is not possible."""
     if not isinstance(row, dict) or None in row:
         raise ValueError(f"a row should have a value for each column, not {row!r:.80}")
-    filled = {column: value for column, value in row.items() if value not in (None, "", [], "[]")}
-    before, after = next((pair for pair in COLUMNS if {*pair} <= {None, *filled}), (None, None))
-    if not after:
-        accepted = ", ".join("+".join(filter(None, pair)) for pair in COLUMNS)
-        raise ValueError(f"the columns are {[*filled]}; accepted, in lower case, are {accepted}")
-    prompt, turns, used = row.get(before), row[after], {before, after} - {None}
+    filled = {column: value for column, value in row.items() if value not in EMPTY}
+    found = [pair for pair in COLUMNS if {*pair.split("+")} <= filled.keys()]
+    if not found:
+        raise ValueError(f"the columns are {[*filled]}; accepted, in lower case, are {', '.join(COLUMNS)}")
+    before, _, after = found[0].rpartition("+")
+    prompt, turns, used = row.get(before or None), row[after], {*found[0].split("+")}
     if before == "instruction" and isinstance(filled.get("input"), str):
         prompt, used = f"{prompt}\n\n{row['input']}", used | {"input"}
     if isinstance(turns, str) and not before:  # Anthropic's HH: "\n\nHuman: ...\n\nAssistant: ..."
@@ -664,14 +642,18 @@ def to_messages(row):
     elif isinstance(prompt, str) and not any(prompt.strip() in turn["content"] for turn in messages):
         raise ValueError(f"{before!r} is not in the conversation of {after!r}")
     for column in filled:
-        if (
-            re.fullmatch("system.?(prompt|message)?", column, re.IGNORECASE)
-            and messages[0]["role"] != "system"
-        ):
+        system = re.fullmatch("system.?(prompt|message)?", column, re.IGNORECASE)
+        if system and messages[0]["role"] != "system":
             messages, used = to_turns(row[column], "system")[0] + messages, used | {column}
-    for name, value in (filled | others).items():
-        if name not in used:
-            check_unused(name, value)
+    # Another column, or another key of the last turn, may say that the row is no demonstration.
+    rest = {name: value for name, value in (filled | others).items() if name not in used}
+    for name, value in rest.items():
+        name, text = name.lower(), str(value).strip().lower()
+        if re.search(MORE, name) or re.fullmatch(FILE, text, re.DOTALL):
+            raise NoDemonstration(f"{name!r} holds more than the text of a response")
+        good, bad = re.fullmatch(GOOD, name), re.fullmatch(BAD, name)
+        if (good and re.fullmatch(NO, text)) or (bad and text in ("true", "yes", "1")):
+            raise NoDemonstration(f"{name!r} is {value!r}, which marks it as bad")
     while messages and messages[-1]["role"] != "assistant":
         messages.pop()
     if len(messages) < 2:
@@ -718,24 +700,24 @@ def read_demos(path, split, encode_row):
     demos, left_out, broken, used, columns, changed = [], [], [], set(), set(), 0
     for place, row in read_rows(path, split):
         try:
-            demo = encode_row(row)
-            used |= demo.pop("columns")
+            demos.append(encode_row(row))
+            used |= demos[-1].pop("columns")
+            changed += demos[-1].pop("changed")
             columns |= {*row}
-            changed += demo.pop("changed", False)
-            demos.append(demo)
         except NoDemonstration as error:
             left_out.append(f"{place}: {error}")
         except (ValueError, TemplateError) as error:
             broken.append(f"{place}: {error}")
-    n, unusable = len(demos) + len(left_out) + len(broken), broken + left_out
-    unusable += [f"{path}: no rows"] * (n == 0)
-    report = f"{len(left_out) + len(broken)} of {n} rows are left out, such as {' '.join(unusable[:1])}"
-    if not demos or len(broken) > n / 10:
-        die(report)
+    unusable, n = broken + left_out, len(demos) + len(broken) + len(left_out)
+    if n == 0:
+        die(f"{path}: no rows")
+    if unusable:
+        report = f"{len(unusable)} of {n} rows are left out, such as {unusable[0]}"
+        if not demos or len(broken) > n / 10:
+            die(report)
+        print(f"warning: {report}")
     others = ", ".join(sorted(columns - used)) or "none"
     print(f"data    {path}: columns {', '.join(sorted(used))}; not used: {others}")
-    if unusable:
-        print(f"warning: {report}")
     if changed:
         print(f"warning: the tokenizer changes the text of {changed} of {n} rows, as to case or blanks")
     return demos
@@ -743,17 +725,21 @@ def read_demos(path, split, encode_row):
 
 def find_eos_ids(path, config, tokenizer):
     """Where a response ends: the EOS ids of tokenizer, model config and generation config."""
-    configs = [config, config.get_text_config()]
+    sources, eos_ids = [tokenizer, config, config.get_text_config()], set()
     with suppress(OSError):
-        configs.append(transformers.GenerationConfig.from_pretrained(path))
-    ids = [tokenizer.eos_token_id]
-    for listed in (getattr(one, "eos_token_id", None) for one in configs):  # an id, ids or None
-        ids += listed if isinstance(listed, list) else [listed]
-    return {*ids} - {None}
+        sources.append(transformers.GenerationConfig.from_pretrained(path))
+    for source in sources:
+        listed = getattr(source, "eos_token_id", None)  # an id, ids or None
+        eos_ids |= {*listed} if isinstance(listed, list) else {listed}
+    return eos_ids - {None}
 
 
 def load_tokenizer(path, prompt_template):
-    """A tokenizer with an EOS token and a chat template, which may be made of --prompt-template."""
+    """The config of a model's text part, its tokenizer with a chat template, which may be made of
+    --prompt-template, and the ids that end a response."""
+    config = load(transformers.AutoConfig, path, "config")
+    if getattr(config, "quantization_config", None):
+        die(f"{path} has quantized weights, which cannot be trained: name its full weights")
     tokenizer = load(transformers.AutoTokenizer, path, "tokenizer")
     if prompt_template:  # becomes a chat template, so that it is saved with the model
         text = prompt_template.replace("\\n", "\n").replace("\\t", "\t")
@@ -768,19 +754,13 @@ def load_tokenizer(path, prompt_template):
         die(f"{path}: its tokenizer has no EOS token, so no response could end")
     if not tokenizer.chat_template:
         die(f"{path}: its tokenizer has no chat template; give a --prompt-template")
-    return tokenizer
+    return config.get_text_config(), tokenizer, find_eos_ids(path, config, tokenizer)
 
 
 def read_data(args):
     """The tokenizer, and the rows that it encodes."""
     hf_logging.disable_progress_bar()
-    config, tokenizer = (
-        load(transformers.AutoConfig, args.model, "config"),
-        load_tokenizer(args.model, args.prompt_template),
-    )
-    if getattr(config, "quantization_config", None):
-        die(f"{args.model} has quantized weights, which cannot be trained: name its full weights")
-    eos_ids, config = find_eos_ids(args.model, config, tokenizer), config.get_text_config()
+    config, tokenizer, eos_ids = load_tokenizer(args.model, args.prompt_template)
     names = ("max_position_embeddings", "max_seq_len")  # the latter is mpt's
     window = min(getattr(config, name, None) or math.inf for name in names)
     rope = getattr(config, "rope_parameters", None) or {}
@@ -878,8 +858,7 @@ def print_table(table, out):
     if len(table) > 1:
         rounds = [name for name in table if name.startswith("round")] or ["sft"]
         best = max(reversed(rounds), key=lambda name: table[name]["dev"] or 0)
-        folder = out / best.replace(" ", "_")
-        print(f"\nto load {best}: AutoModelForCausalLM.from_pretrained('{folder}')")
+        print(f"\nto load {best}: AutoModelForCausalLM.from_pretrained('{out / best.replace(' ', '_')}')")
 
 
 # ---- 8. Models and files ------------------------------------------------------------------
@@ -902,10 +881,9 @@ def load_model(path, args):
     """A language model with fp32 weights, in evaluation mode: dropout would spoil the log-ratios."""
     if args.device != "cpu":  # sharded or recomputed layers refer to themselves, so `del` frees nothing
         gc.collect()
+    options = {"dtype": torch.float32, "ignore_mismatched_sizes": True, "output_loading_info": True}
     # FSDP2: each process has a part of every weight
-    sharding = transformers.distributed.DistributedConfig(fsdp_size=WORLD)
-    options = {"dtype": torch.float32, "distributed_config": sharding, "ignore_mismatched_sizes": True}
-    options["output_loading_info"] = True
+    options["distributed_config"] = transformers.distributed.DistributedConfig(fsdp_size=WORLD)
     model, info = load(transformers.AutoModelForCausalLM, path, "causal language model", **options)
     if wrong := info["missing_keys"] | info["mismatched_keys"] | info["unexpected_keys"]:
         wrong = ", ".join(sorted(map(str, wrong)))
@@ -926,8 +904,7 @@ def try_model(model, demos):
     ids = (8 * (demos[0]["prompt_ids"] + demos[0]["real_ids"]))[:8]
     texts, to_batch = [ids, ids[3:]], partial(pad, device=model.device)
     try:
-        alone = [model(input_ids=to_batch([text], "right")).logits[0] for text in texts]  # (T, V) each
-        alone = [logits.log_softmax(-1) for logits in alone]
+        alone = [model(input_ids=to_batch([text], "right")).logits[0].log_softmax(-1) for text in texts]
         padded = model(input_ids=to_batch(texts, "right"), use_cache=False).logits.log_softmax(-1)
         gaps = [padded[row, : len(alone[row])] - alone[row] for row in (0, 1)]
         new, cache = to_batch([text[:-2] for text in texts], "left"), None
@@ -943,9 +920,7 @@ def try_model(model, demos):
     reshard(model)
     gap = max(gap.abs().max().item() for gap in gaps)
     if not gap < 1e-3:
-        die(
-            f"cannot use {model.config.model_type}: padding or its cache moves log-probabilities by {gap:.2g}"
-        )
+        die(f"cannot use {model.config.model_type}: padding or cache move log-probabilities by {gap:.2g}")
 
 
 def write(file, text):
@@ -1003,9 +978,9 @@ if __name__ == "__main__":
         main(parse_args())
     except (KeyboardInterrupt, OSError, SafetensorError, torch.OutOfMemoryError) as error:
         die((str(error) or "stopped") + "".join(f"; to continue: --resume {out}" for out in TAKEN))
-    except Exception:
-        if first_to_fail():
+    except Exception:  # a fault of the code, not of a user
+        if WORLD == 1:
             raise
-        sys.exit(2)  # the others fail when they lose the first, which has said why
+        die(traceback.format_exc())  # once, though the other processes fail with the first
     if WORLD > 1:
         dist.destroy_process_group()

@@ -1,27 +1,29 @@
 """RFT and IRFT, reward learning from demonstrations (arXiv 2405.17888), in one file.
 
-Which reward explains the demonstrations? One under which they are better than anything the model would
-write itself. This is maximum-likelihood inverse reinforcement learning, over rewards r and policies pi:
+Which reward explains the demonstrations? One under which they are better than anything the model
+would write itself. This is maximum-likelihood inverse reinforcement learning, over rewards r and
+policies pi:
 
     min over r, max over pi of   E_pi[r(x, y)] - kl KL(pi || pi_ref) - E_demonstrations[r(x, y)]
 
-The best policy for a reward is pi_ref exp(r/kl) / Z. With y+ a demonstration and y- the model's response to
-the same prompt x:
+The best policy for a reward is pi_ref exp(r/kl) / Z. With y+ a demonstration and y- the model's
+response to the same prompt x:
 
-RFT (Algorithm 1) has a reward model. In each round the policy responds to the prompts, the reward model
-learns to rank y+ above y-, and the policy improves on r - kl log pi/pi_ref by REINFORCE. pi_ref is the
-policy at the very start. Three models are in memory: policy, pi_ref, reward.
+RFT (Algorithm 1) has a reward model. In each round the policy responds to the prompts, the reward
+model learns to rank y+ above y-, and the policy improves on r - kl log pi/pi_ref by REINFORCE.
+pi_ref is the policy at the very start. Three models are in memory: policy, pi_ref, reward.
 
-IRFT (Algorithm 2) has none: its reward is h(y) = scale * d(y), where d(y) = log pi/pi_ref is the log-ratio
-summed over the response's tokens. Its loss, -log sigmoid(h(y+) - h(y-)), is SPIN's. It takes the
-demonstrations in chunks; pi_ref is the policy at the start of a chunk.
+IRFT (Algorithm 2) has none: its reward is h(y) = scale * d(y), where d(y) = log pi/pi_ref is the
+log-ratio summed over the response's tokens. Its loss, -log sigmoid(h(y+) - h(y-)), is SPIN's. It
+takes the demonstrations in chunks; pi_ref is the policy at the start of a chunk.
 
 The first round of RFT yields, at its optimum, pi_ref (p/pi_ref)^(1/kl) / Z, where p is how the
-demonstrators write: the fit sets r = log p/pi_ref, and the policy then weighs r against kl times the KL.
-IRFT yields the same with scale in place of kl. So 1 imitates them, and less goes beyond them. A later round
-of RFT fits the change of the reward, log p/pi, so that a round multiplies log pi - log p by 1 - 1/kl: rounds
-settle at p if kl is above 1/2. This holds for the logistic losses without a penalty. Unlike the official
-code, this one never edits sampled ids, and reads the reward at a response's last token in training and in use.
+demonstrators write: the fit sets r = log p/pi_ref, and the policy then weighs r against kl times
+the KL. IRFT yields the same with scale in place of kl. So 1 imitates them, and less goes beyond
+them. A later round of RFT fits the change of the reward, log p/pi, so that a round multiplies
+log pi - log p by 1 - 1/kl: rounds settle at p if kl is above 1/2. This holds for the logistic
+losses without a penalty. Unlike the official code, this one never edits sampled ids, and reads
+the reward at a response's last token in training and in use.
 
     python irft.py                         # RFT on the built-in toy, a minute on two CPU cores
     python irft.py --method irft --chunks 4
@@ -38,6 +40,7 @@ import random
 import re
 import sys
 import time
+import traceback
 from collections import namedtuple
 from contextlib import suppress
 from functools import partial
@@ -208,17 +211,14 @@ def reshard(model):
             module.reshard()
 
 
-def first_to_fail():
-    """Is this the first process that fails? The others fail with it, but have nothing to add."""
-    if WORLD == 1:
-        return True
-    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    return dist.TCPStore(*address).add("failures", 1) == 1  # torchrun's, which is there from the start
-
-
 def die(sentence):
-    """Report a user's mistake in one sentence, and exit with code 2."""
-    if first_to_fail():
+    """Report a user's mistake in one sentence, and exit with code 2. Only the first process that
+    fails reports: the others fail with it, but have nothing to add."""
+    failures = 1
+    if WORLD > 1:  # torchrun's store exists from the start
+        address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        failures = dist.TCPStore(*address).add("failures", 1)
+    if failures == 1:
         print(f"error: {sentence}", file=sys.stderr)
     sys.exit(2)
 
@@ -341,18 +341,15 @@ def sft_loss(model, demos, mean_length):
 
 
 # ---- 4. Train -----------------------------------------------------------------------------
-def padded_tokens(row):
-    """Tokens of a row in a forward pass: one text, or two that are padded to the longer one."""
-    sides = [row[key] for key in ("real_ids", "generated_ids") if key in row]
-    return len(sides) * (len(row["prompt_ids"]) + max(map(len, sides)))
-
-
 def update(model, optimizer, batch, loss_of, args):
     """One optimizer step on the mean loss of a batch. Returns the mean of every metric.
     loss_of(model, rows) -> losses (B,), {metric: (B,)}. Each process takes a share of the batch, in
     micro-batches of similar length, whose gradients add up to that of the whole batch."""
-    share, sums = batch[RANK::WORLD], {}
-    parts = batches([padded_tokens(row) for row in share], max_tokens=args.micro_batch)
+    share, sums, lengths = batch[RANK::WORLD], {}, []
+    for row in share:  # tokens in a forward pass: of one text, or of two, padded to the longer
+        sides = [len(row[key]) for key in ("real_ids", "generated_ids") if key in row]
+        lengths.append(len(sides) * (len(row["prompt_ids"]) + max(sides)))
+    parts = batches(lengths, max_tokens=args.micro_batch)
     for n in range(max(gather(len(parts)))):
         counts = n < len(parts)  # else a dummy: FSDP wants a backward pass of every process
         rows = [share[i] for i in parts[n]] if counts else batch[:1]
@@ -424,7 +421,7 @@ def train(model, rows, loss_of, epochs, folder, data, args, learned=()):
 
 # ---- 5. RFT: an explicit reward -----------------------------------------------------------
 def reward_forward(model, ids, last):
-    """Forward pass of a reward model: token ids (B, T), the place of each last one (B,) -> r, (B, 1)."""
+    """A reward model's forward pass: ids (B, T), the place of each last one (B,) -> r, (B, 1)."""
     with autocast():
         hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # (B, T, H)
     hidden = hidden[torch.arange(len(ids), device=ids.device), last]  # (B, H)
@@ -432,7 +429,7 @@ def reward_forward(model, ids, last):
 
 
 def reward(model, texts):
-    """r(x, y), read at y's last token, which sees no pads: [(prompt ids, response ids)] -> (B,)."""
+    """r(x, y), read at y's last token, which sees no pads: [(prompt, response ids)] -> (B,)."""
     ids = pad([prompt + response for prompt, response in texts], "right", model.device)  # (B, T)
     last = torch.tensor([len(x) + len(y) - 1 for x, y in texts], device=model.device)  # (B,)
     return model(ids, last)[:, 0]
@@ -450,13 +447,12 @@ REWARD_LOSSES = {
 
 def reward_loss(model, pairs, loss, penalty):
     """Loss of each pair times its weight, (B,), and metrics {name: (B,)}.
-    A pair may have real_before and generated_before, the rewards of the round before: what is fitted is the
-    change from these. Else a round would forget what the policy has learned, and undo it. Preferences have
-    none, as they are about the whole reward."""
+    A pair may have real_before and generated_before, the rewards of the round before: what is fitted is
+    the change from these. Else a round would forget what the policy has learned, and undo it. Preferences
+    have none, as they are about the whole reward."""
     real = [(pair["prompt_ids"], pair["real_ids"]) for pair in pairs]
     generated = [(pair["prompt_ids"], pair["generated_ids"]) for pair in pairs]
-    before = [pair.get("real_before", 0.0) for pair in pairs]
-    before += [pair.get("generated_before", 0.0) for pair in pairs]
+    before = [pair.get(f"{side}_before", 0.0) for side in ("real", "generated") for pair in pairs]
     rewards = reward(model, real + generated)  # (2B,)
     r_real, r_generated = (rewards - rewards.new_tensor(before)).chunk(2)  # (B,) each
     losses = REWARD_LOSSES[loss](r_real, r_generated) + penalty * (r_real**2 + r_generated**2)
@@ -468,7 +464,7 @@ def reward_loss(model, pairs, loss, penalty):
 
 def fit_reward(model, pairs, preferences, phase, args):
     """Fit the reward model, in place, to pairs and preferences, both as self_play makes them.
-    A step's loss: the mean over a batch of pairs + --preference-weight * the mean over a batch of preferences."""
+    A step's loss: the mean over some pairs + --preference-weight * the mean over some preferences."""
     steps, rng, unprinted = args.reward_steps, random.Random(f"{args.seed} {phase}"), []
     optimizer, schedule = make_optimizer(model, args.reward_lr, steps, args)
     loss_of = partial(reward_loss, loss=args.reward_loss, penalty=args.reward_penalty)
@@ -485,7 +481,7 @@ def fit_reward(model, pairs, preferences, phase, args):
 
 
 def rate(policy, reference, reward_model, prompts, responses, args):
-    """Sampled responses -> rows with logp, reward, kl = log pi/pi_ref and objective = reward - --kl * kl."""
+    """Sampled responses -> rows with logp, reward, kl = log pi/pi_ref, objective = reward - --kl * kl."""
     texts = [*zip(prompts, responses)]
     rewards = score(reward_model, texts, args.micro_batch, reward)
     logps = score(policy, texts, args.micro_batch)
@@ -508,15 +504,15 @@ CLIP_RATIO = 0.2  # PPO's epsilon
 
 
 def clipped_loss(logps, sampled_logps, advantage):
-    """-min(ratio A, clip(ratio, 0.8, 1.2) A), where ratio = pi(y)/pi_sampled(y) of a whole response; (B,) each.
-    At ratio 1 its gradient is that of -A log pi(y), which is REINFORCE."""
+    """-min(ratio A, clip(ratio, 0.8, 1.2) A), where ratio = pi(y)/pi_sampled(y) of a whole response;
+    (B,) each. At ratio 1 its gradient is that of -A log pi(y), which is REINFORCE."""
     ratio = (logps - sampled_logps).exp()
     return -torch.min(ratio * advantage, ratio.clamp(1 - CLIP_RATIO, 1 + CLIP_RATIO) * advantage)
 
 
 def policy_loss(policy, rows, fresh):
-    """Loss of each sampled response, (B,), and metrics {name: (B,)}. fresh: the policy has not changed since it
-    sampled them, so that the ratio is 1, and must not differ from it by rounding."""
+    """Loss of each sampled response, (B,), and metrics {name: (B,)}. fresh: the policy has not changed
+    since it sampled them, so that the ratio is 1, and must not differ from it by rounding."""
     logps = response_logps(policy, [(row["prompt_ids"], row["generated_ids"]) for row in rows])  # (B,)
     names = ("logp", "advantage", "reward", "kl", "objective", "length")
     values = {name: logps.new_tensor([row[name] for row in rows]) for name in names}
@@ -545,10 +541,10 @@ def improve_policy(policy, reference, reward_model, phase, data, args):
         schedule.step()
 
 
-def compare(policy, reference, reward_model, problems, seed, data, args):
-    """Means over demonstrations and fresh samples; the correlation of a sample's reward and length."""
+def compare(policy, reference, reward_model, problems, phase, data, args):
+    """Log means over demonstrations and samples, and how samples' rewards and lengths correlate."""
     prompts = [problem["prompt_ids"] for problem in problems]
-    options = (data.eos_ids, data.max_new_tokens, 1.0, args.sample_batch, seed)
+    options = (data.eos_ids, data.max_new_tokens, 1.0, args.sample_batch, f"{args.seed} {phase}")
     rows = rate(policy, reference, reward_model, prompts, sample(policy, prompts, *options), args)
     texts = [(problem["prompt_ids"], problem["real_ids"]) for problem in problems]
     real = torch.tensor(score(reward_model, texts, args.micro_batch, reward))
@@ -556,17 +552,13 @@ def compare(policy, reference, reward_model, problems, seed, data, args):
     told_apart = (real > rewards).float() + (real == rewards) / 2
     means = {"margin": (real - rewards).mean().item(), "told_apart": told_apart.mean().item()}
     means |= {name: fmean(row[name] for row in rows) for name in ("reward", "kl", "objective", "length")}
-    correlation = torch.corrcoef(torch.stack([rewards, lengths]))[0, 1].nan_to_num().item()
-    return means | {"reward_length": correlation}
+    means["reward_length"] = torch.corrcoef(torch.stack([rewards, lengths]))[0, 1].nan_to_num().item()
+    log_step(phase, 1, 1, means, [], args)
+    return means
 
 
 # ---- 6. LoRA: fewer weights to train ------------------------------------------------------
 LORA_ALPHA = 16  # as in the official code
-
-
-def linear_layers(model):
-    """The decoder's linear layers, fused ones and GPT-2's Conv1D among them."""
-    return [layer for layer in model.get_decoder().modules() if isinstance(layer, (torch.nn.Linear, Conv1D))]
 
 
 def lora_forward(layer, inputs, output):
@@ -576,10 +568,14 @@ def lora_forward(layer, inputs, output):
 
 
 def add_lora(model, rank, seed):
-    """In place: of every linear layer only A (rank, in) and B (out, rank) are trained."""
+    """In place: only A (rank, in) and B (out, rank) of the decoder's linear layers are trained."""
+    kinds = (torch.nn.Linear, Conv1D)  # the latter is GPT-2's
+    layers = [layer for layer in model.get_decoder().modules() if isinstance(layer, kinds)]
+    if not layers:
+        die("--lora-rank: the model has no linear layers in its decoder")
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(random.Random(f"{seed} lora").getrandbits(60))
-    for layer in linear_layers(model):
+    for layer in layers:
         n_out, n_in = layer.weight.T.shape if isinstance(layer, Conv1D) else layer.weight.shape
         a = torch.randn(rank, n_in, generator=generator) / math.sqrt(n_in)
         layer.lora_a = torch.nn.Parameter(a.to(model.device))
@@ -606,10 +602,11 @@ def save_merged(model, folder):
 
 
 # ---- 7. The methods -----------------------------------------------------------------------
-def self_play(policy, demos, seed, file, data, args):
+def self_play(policy, demos, folder, data, args):
     """A round's pairs: every demonstration with a response of the policy, and log pi_t of both, such as
     {"prompt": "2 + 2", "response": "4", "generated": "5", "prompt_ids": [7, 3, 7], "real_ids": [9, 1],
     "generated_ids": [8, 1], "real_reference": -2.5, "generated_reference": -1.5}."""
+    file, seed = folder.with_suffix(".jsonl"), f"{args.seed} {folder.name.replace('_', ' ')}"
     if file.exists():  # the run was interrupted while it trained on them
         return [json.loads(line) for line in file.read_text().splitlines()]
     print(f"  sampling {len(demos)} responses")
@@ -648,9 +645,8 @@ def predict_habit(pairs, scale, data, args):
 
 def irft_chunk(start, t, folder, data, args):
     """Algorithm 2, one chunk: the policy learns to tell demonstrations from its own responses."""
-    policy, phase = load_policy(start, folder, args), folder.name.replace("_", " ")
-    demos, samples = data.demos[t - 1 :: args.chunks], folder.with_suffix(".jsonl")
-    pairs = self_play(policy, demos, f"{args.seed} {phase}", samples, data, args)
+    policy = load_policy(start, folder, args)
+    pairs = self_play(policy, data.demos[t - 1 :: args.chunks], folder, data, args)
     if args.habit:
         predict_habit(pairs, args.scale if args.loss == "spin" else None, data, args)
     loss_of = partial(irft_loss, loss=args.loss, scale=args.scale)
@@ -660,7 +656,7 @@ def irft_chunk(start, t, folder, data, args):
 def rft_round(start, t, preferences, folder, data, args):
     """Algorithm 1, one round: the reward model learns from the pairs, then the policy from the reward."""
     policy, phase = load_policy(start, folder, args), folder.name.replace("_", " ")
-    pairs = self_play(policy, data.demos, f"{args.seed} {phase}", folder.with_suffix(".jsonl"), data, args)
+    pairs = self_play(policy, data.demos, folder, data, args)
     if args.habit:
         predict_habit(pairs, args.kl if args.reward_loss == "logistic" else None, data, args)
     reward_folder = folder.with_name(f"round_{t}_reward")
@@ -680,14 +676,12 @@ def rft_round(start, t, preferences, folder, data, args):
     models = (policy, load_model(args.model, args), load_reward(reward_folder, data, args)[0])
     problems = (data.dev or data.demos)[:500]  # enough for two digits
     print(f"  before, on {len(problems)} {'dev problems' if data.dev else 'training prompts: no --dev'}")
-    before = compare(*models, problems, f"{args.seed} {phase} before", data, args)
-    log_step(f"{phase} before", 1, 1, before, [], args)
+    before = compare(*models, problems, f"{phase} before", data, args)
     if abs(before["reward_length"]) > 0.95:
         print("warning: the reward follows length alone: does that make demonstrations better?")
     improve_policy(*models, phase, data, args)
-    after = compare(*models, problems, f"{args.seed} {phase} after", data, args)
     print("  after, on the same")
-    log_step(f"{phase} after", 1, 1, after, [], args)
+    after = compare(*models, problems, f"{phase} after", data, args)
     if after["kl"] > 0.5 * after["length"] or after["objective"] < before["objective"]:
         print("warning: the policy runs away, or gains nothing: raise --kl or lower --policy-lr")
     policy.save_pretrained(folder.with_suffix(".partial"))
@@ -699,7 +693,7 @@ def train_sft(folder, data, args):
     epochs = args.epochs * (3 if data.dev else 1)
     ours = f"{args.reward_steps} reward steps and {args.policy_steps} policy steps a round"
     ours = ours if args.method == "rft" else f"{args.epochs} epochs, which see two responses and sample one"
-    print(f"  {epochs} epochs beside {ours}: {'dev' if data.dev else 'no --dev'} chooses the epoch")
+    print(f"  {epochs} epochs beside {ours}; {'--dev chooses one' if data.dev else 'there is no --dev'}")
     loss_of = partial(sft_loss, mean_length=fmean(len(demo["real_ids"]) for demo in data.demos))
     train(load_policy(args.model, folder, args), data.demos, loss_of, epochs, folder, data, args)
 
@@ -725,15 +719,13 @@ def main(args):
         die(f"--chunks {parts}: there are only {len(data.demos)} demonstrations")
     steps = args.epochs * math.ceil(len(data.demos) // (parts if irft else 1) / args.batch)
     if args.warmup >= (steps if irft else min(args.reward_steps, args.policy_steps)):
-        die(
-            f"--warmup {args.warmup}: a stage has no more steps, so its learning rate would stay below the peak"
-        )
+        die(f"--warmup {args.warmup}: a stage has no more steps, so its peak would not be reached")
     preferences = [] if irft else read_preferences(data, args)
     policy = load_model(args.model, args)
     try_model(policy, data.demos)
-    if args.lora_rank and not linear_layers(policy):
-        die(f"--lora-rank: {args.model} has no linear layers in its decoder")
     print(f"model   {args.model}: {policy.num_parameters():,} parameters, {WORLD} x {policy.device}")
+    if args.lora_rank:  # it changes nothing yet, but refuses a model that has no layers for it
+        add_lora(policy, args.lora_rank, "base")
     args = take_folder(args, f"runs/irft-{args.method}")
     settings = f"{args.loss}, scale {args.scale}, chunks {parts}" if irft else f"kl {args.kl}, rounds {parts}"
     print(f"method  {args.method}, {settings}, results in {args.out}")
@@ -766,12 +758,12 @@ def main(args):
 # ---- 8. Data: rows of any usual format -> token ids ---------------------------------------
 # Columns of prompt and response; the first pair whose columns a row has filled is used. Without a
 # prompt column the other one holds a conversation, and its last assistant turn is the response.
-COLUMNS = [("prompt", "chosen"), (None, "chosen"), ("prompt", "response"), ("prompt", "completion")]
-COLUMNS += [("question", "answer"), ("instruction", "output"), (None, "real"), (None, "messages")]
-COLUMNS += [(None, "conversations")]
+COLUMNS = ["prompt+chosen", "chosen", "prompt+response", "prompt+completion", "question+answer"]
+COLUMNS += ["instruction+output", "real", "messages", "conversations"]
 ROLES = {"user": "user", "human": "user", "prompter": "user", "system": "system"}
 ROLES |= dict.fromkeys(["assistant", "gpt", "bot", "model", "chatbot"], "assistant")
-# Names and values by which another column, or another key of a turn, tells that its row is no demonstration.
+EMPTY = (None, "", [], "[]")  # values of a column or key that is not filled
+# How another column, or another key of a turn, tells by its name and value that a row is none to imitate
 GOOD = r"(is_|was_)?(label|desir\w*|accept\w*|approv\w*|good|correct|valid|keep|train|weight|pass\w*)"
 BAD = r"(is_|was_)?(reject\w*|bad|wrong|incorrect|invalid|undesir\w*|toxic|harmful|flagged|spam)"
 NO = r"false|no|0|0?\.0+|-.+|bad|neg\w*|reject\w*|undesir\w*|wrong|incorrect|fail\w*|dislike\w*"
@@ -820,12 +812,12 @@ def to_messages(row):
     Raises NoDemonstration or another ValueError with the reason if that is not possible."""
     if not isinstance(row, dict) or None in row:
         raise ValueError(f"a row should have a value for each column, not {row!r:.80}")
-    filled = {column: value for column, value in row.items() if value not in (None, "", [], "[]")}
-    before, after = next((pair for pair in COLUMNS if {*pair} <= {None, *filled}), (None, None))
-    if not after:
-        accepted = ", ".join("+".join(filter(None, pair)) for pair in COLUMNS)
-        raise ValueError(f"the columns are {[*filled]}; accepted, in lower case, are {accepted}")
-    prompt, turns, used = row.get(before), row[after], {before, after} - {None}
+    filled = {column: value for column, value in row.items() if value not in EMPTY}
+    found = [pair for pair in COLUMNS if {*pair.split("+")} <= filled.keys()]
+    if not found:
+        raise ValueError(f"the columns are {[*filled]}; accepted, in lower case, are {', '.join(COLUMNS)}")
+    before, _, after = found[0].rpartition("+")
+    prompt, turns, used = row.get(before or None), row[after], {*found[0].split("+")}
     if before == "instruction" and isinstance(filled.get("input"), str):
         prompt, used = f"{prompt}\n\n{row['input']}", used | {"input"}
     if isinstance(turns, str) and not before:  # Anthropic's HH: "\n\nHuman: ...\n\nAssistant: ..."
@@ -842,14 +834,18 @@ def to_messages(row):
     elif isinstance(prompt, str) and not any(prompt.strip() in turn["content"] for turn in messages):
         raise ValueError(f"{before!r} is not in the conversation of {after!r}")
     for column in filled:
-        if (
-            re.fullmatch("system.?(prompt|message)?", column, re.IGNORECASE)
-            and messages[0]["role"] != "system"
-        ):
+        system = re.fullmatch("system.?(prompt|message)?", column, re.IGNORECASE)
+        if system and messages[0]["role"] != "system":
             messages, used = to_turns(row[column], "system")[0] + messages, used | {column}
-    for name, value in (filled | others).items():
-        if name not in used:
-            check_unused(name, value)
+    # Another column, or another key of the last turn, may say that the row is no demonstration.
+    rest = {name: value for name, value in (filled | others).items() if name not in used}
+    for name, value in rest.items():
+        name, text = name.lower(), str(value).strip().lower()
+        if re.search(MORE, name) or re.fullmatch(FILE, text, re.DOTALL):
+            raise NoDemonstration(f"{name!r} holds more than the text of a response")
+        good, bad = re.fullmatch(GOOD, name), re.fullmatch(BAD, name)
+        if (good and re.fullmatch(NO, text)) or (bad and text in ("true", "yes", "1")):
+            raise NoDemonstration(f"{name!r} is {value!r}, which marks it as bad")
     while messages and messages[-1]["role"] != "assistant":
         messages.pop()
     if len(messages) < 2:
@@ -857,19 +853,9 @@ def to_messages(row):
     return messages, used
 
 
-def check_unused(name, value):
-    """Raise NoDemonstration if a column or a key that is not used says that its row is none."""
-    name, text = name.lower(), str(value).strip().lower()
-    if re.search(MORE, name) or re.fullmatch(FILE, text, re.DOTALL):
-        raise NoDemonstration(f"{name!r} holds more than the text of a response")
-    good, bad = re.fullmatch(GOOD, name), re.fullmatch(BAD, name)
-    if (good and re.fullmatch(NO, text)) or (bad and text in ("true", "yes", "1")):
-        raise NoDemonstration(f"{name!r} is {value!r}, which marks it as bad")
-
-
 def to_turns(turns, role):
     """A text, or turns with role and content or from and value -> [{"role", "content"}], and the other
-    keys of the last turn, {key: value}."""
+    keys of the last turn by the assistant, {key: value}."""
     messages, others = [], {}
     for turn in turns if isinstance(turns, list) else [{"role": role, "content": turns}]:
         if not isinstance(turn, dict) or not (turn.get("role") or turn.get("from")):
@@ -877,20 +863,21 @@ def to_turns(turns, role):
         role = str(turn.get("role") or turn["from"]).strip().lower()
         content = turn.get("value") if turn.get("content") is None else turn["content"]
         used = ("role", "from", "content", "value")
-        others = {key: turn[key] for key in turn if key not in used and turn[key] not in (None, "", [], "[]")}
+        keys = {key: turn[key] for key in turn if key not in used and turn[key] not in EMPTY}
         parts = content if isinstance(content, list) else [None]
         if all(isinstance(part, dict) and part.get("type") == "text" for part in parts):
             content = "".join(str(part.get("text") or "") for part in parts)
         # Numbers may be ids or weights. Another text is a thought or a channel, a list a call or a picture.
-        more = [key for key in others if key != "name" and not isinstance(others[key], (int, float))]
+        more = [key for key in keys if key != "name" and not isinstance(keys[key], (int, float))]
         if more or isinstance(content, list) or "<image>" in str(content):
             raise NoDemonstration(f"a turn has more than a role and a text: {turn!r:.80}")
         if role not in ROLES:
-            raise NoDemonstration(f"a turn is neither user's nor assistant's nor system's, but {role!r}")
+            raise NoDemonstration(f"a turn's role is {role!r}")
         if not isinstance(content, str) or (role != "system" and not content.strip()):
             raise ValueError(f"a turn is empty: {turn!r:.80}")
         content.encode()  # half an emoji raises a ValueError
         messages.append({"role": ROLES[role], "content": content})
+        others = keys if ROLES[role] == "assistant" else others
     return messages, others
 
 
@@ -933,24 +920,24 @@ def read_demos(path, split, encode_row):
     demos, left_out, broken, used, columns, changed = [], [], [], set(), set(), 0
     for place, row in read_rows(path, split):
         try:
-            demo = encode_row(row)
-            used |= demo.pop("columns")
+            demos.append(encode_row(row))
+            used |= demos[-1].pop("columns")
+            changed += demos[-1].pop("changed")
             columns |= {*row}
-            changed += demo.pop("changed", False)
-            demos.append(demo)
         except NoDemonstration as error:
             left_out.append(f"{place}: {error}")
         except (ValueError, TemplateError) as error:
             broken.append(f"{place}: {error}")
-    n, unusable = len(demos) + len(left_out) + len(broken), broken + left_out
-    unusable += [f"{path}: no rows"] * (n == 0)
-    report = f"{len(left_out) + len(broken)} of {n} rows are left out, such as {' '.join(unusable[:1])}"
-    if not demos or len(broken) > n / 10:
-        die(report)
+    unusable, n = broken + left_out, len(demos) + len(broken) + len(left_out)
+    if n == 0:
+        die(f"{path}: no rows")
+    if unusable:
+        report = f"{len(unusable)} of {n} rows are left out, such as {unusable[0]}"
+        if not demos or len(broken) > n / 10:
+            die(report)
+        print(f"warning: {report}")
     others = ", ".join(sorted(columns - used)) or "none"
     print(f"data    {path}: columns {', '.join(sorted(used))}; not used: {others}")
-    if unusable:
-        print(f"warning: {report}")
     if changed:
         print(f"warning: the tokenizer changes the text of {changed} of {n} rows, as to case or blanks")
     return demos
@@ -958,17 +945,21 @@ def read_demos(path, split, encode_row):
 
 def find_eos_ids(path, config, tokenizer):
     """Where a response ends: the EOS ids of tokenizer, model config and generation config."""
-    configs = [config, config.get_text_config()]
+    sources, eos_ids = [tokenizer, config, config.get_text_config()], set()
     with suppress(OSError):
-        configs.append(transformers.GenerationConfig.from_pretrained(path))
-    ids = [tokenizer.eos_token_id]
-    for listed in (getattr(one, "eos_token_id", None) for one in configs):  # an id, ids or None
-        ids += listed if isinstance(listed, list) else [listed]
-    return {*ids} - {None}
+        sources.append(transformers.GenerationConfig.from_pretrained(path))
+    for source in sources:
+        listed = getattr(source, "eos_token_id", None)  # an id, ids or None
+        eos_ids |= {*listed} if isinstance(listed, list) else {listed}
+    return eos_ids - {None}
 
 
 def load_tokenizer(path, prompt_template):
-    """A tokenizer with an EOS token and a chat template, which may be made of --prompt-template."""
+    """The config of a model's text part, its tokenizer with a chat template, which may be made of
+    --prompt-template, and the ids that end a response."""
+    config = load(transformers.AutoConfig, path, "config")
+    if getattr(config, "quantization_config", None):
+        die(f"{path} has quantized weights, which cannot be trained: name its full weights")
     tokenizer = load(transformers.AutoTokenizer, path, "tokenizer")
     if prompt_template:  # becomes a chat template, so that it is saved with the model
         text = prompt_template.replace("\\n", "\n").replace("\\t", "\t")
@@ -983,19 +974,13 @@ def load_tokenizer(path, prompt_template):
         die(f"{path}: its tokenizer has no EOS token, so no response could end")
     if not tokenizer.chat_template:
         die(f"{path}: its tokenizer has no chat template; give a --prompt-template")
-    return tokenizer
+    return config.get_text_config(), tokenizer, find_eos_ids(path, config, tokenizer)
 
 
 def read_data(args):
     """The tokenizer, and the rows that it encodes."""
     hf_logging.disable_progress_bar()
-    config, tokenizer = (
-        load(transformers.AutoConfig, args.model, "config"),
-        load_tokenizer(args.model, args.prompt_template),
-    )
-    if getattr(config, "quantization_config", None):
-        die(f"{args.model} has quantized weights, which cannot be trained: name its full weights")
-    eos_ids, config = find_eos_ids(args.model, config, tokenizer), config.get_text_config()
+    config, tokenizer, eos_ids = load_tokenizer(args.model, args.prompt_template)
     names = ("max_position_embeddings", "max_seq_len")  # the latter is mpt's
     window = min(getattr(config, name, None) or math.inf for name in names)
     rope = getattr(config, "rope_parameters", None) or {}
@@ -1117,8 +1102,7 @@ def print_table(table, out):
     if len(table) > 1:
         rounds = [name for name in table if name.startswith("round")] or ["sft"]
         best = max(reversed(rounds), key=lambda name: table[name]["dev"] or 0)
-        folder = out / best.replace(" ", "_")
-        print(f"\nto load {best}: AutoModelForCausalLM.from_pretrained('{folder}')")
+        print(f"\nto load {best}: AutoModelForCausalLM.from_pretrained('{out / best.replace(' ', '_')}')")
 
 
 # ---- 10. Models and files ------------------------------------------------------------------
@@ -1137,18 +1121,20 @@ def load(auto_class, path, what, **options):
         die(f"{path}: no {what} can be loaded {where}: {reason:.400}")
 
 
-def load_model(path, args, auto_class=transformers.AutoModelForCausalLM, new_head=False, **options):
+def load_model(path, args, of_reward=False):
     """A model with fp32 weights, in evaluation mode: dropout would spoil the log-ratios."""
     if args.device != "cpu":  # sharded or recomputed layers refer to themselves, so `del` frees nothing
         gc.collect()
+    options = {"dtype": torch.float32, "ignore_mismatched_sizes": True, "output_loading_info": True}
     # FSDP2: each process has a part of every weight
-    sharding = transformers.distributed.DistributedConfig(fsdp_size=WORLD)
-    options |= {"dtype": torch.float32, "distributed_config": sharding, "ignore_mismatched_sizes": True}
-    options["output_loading_info"] = True
-    what = "reward model" if options.get("num_labels") else "causal language model"
-    model, info = load(auto_class, path, what, **options)
+    options["distributed_config"] = transformers.distributed.DistributedConfig(fsdp_size=WORLD)
+    if of_reward:
+        options["num_labels"] = 1
+        model, info = load(transformers.AutoModelForSequenceClassification, path, "reward model", **options)
+    else:
+        model, info = load(transformers.AutoModelForCausalLM, path, "causal language model", **options)
     wrong = info["missing_keys"] | info["mismatched_keys"] | info["unexpected_keys"]
-    if new_head:  # a language model's head leaves, and at zero the new one prefers no response
+    if of_reward:  # a language model's head leaves, and at zero the new one prefers no response
         wrong -= {"score.weight", "lm_head.weight", "lm_head.bias"}
         if "score.weight" in info["missing_keys"]:
             torch.nn.init.zeros_(model.score.weight)
@@ -1171,8 +1157,7 @@ def try_model(model, demos):
     ids = (8 * (demos[0]["prompt_ids"] + demos[0]["real_ids"]))[:8]
     texts, to_batch = [ids, ids[3:]], partial(pad, device=model.device)
     try:
-        alone = [model(input_ids=to_batch([text], "right")).logits[0] for text in texts]  # (T, V) each
-        alone = [logits.log_softmax(-1) for logits in alone]
+        alone = [model(input_ids=to_batch([text], "right")).logits[0].log_softmax(-1) for text in texts]
         padded = model(input_ids=to_batch(texts, "right"), use_cache=False).logits.log_softmax(-1)
         gaps = [padded[row, : len(alone[row])] - alone[row] for row in (0, 1)]
         new, cache = to_batch([text[:-2] for text in texts], "left"), None
@@ -1188,9 +1173,7 @@ def try_model(model, demos):
     reshard(model)
     gap = max(gap.abs().max().item() for gap in gaps)
     if not gap < 1e-3:
-        die(
-            f"cannot use {model.config.model_type}: padding or its cache moves log-probabilities by {gap:.2g}"
-        )
+        die(f"cannot use {model.config.model_type}: padding or cache move log-probabilities by {gap:.2g}")
 
 
 def load_reward(path, data, args):
@@ -1198,18 +1181,16 @@ def load_reward(path, data, args):
     hf_logging.set_verbosity_error()  # transformers would warn of a new head
     config = load(transformers.AutoConfig, path, "config")
     if getattr(config, "quantization_config", None):
-        die(f"{path} has quantized weights, which cannot be trained: name the model with full weights")
+        die(f"{path} has quantized weights, which cannot be trained: name its full weights")
     if config.num_labels != 1 and "SequenceClassification" in str(config.architectures):
         die(f"--reward-model {path}: it has {config.num_labels} labels, but a reward is one number")
-    model = load_model(
-        path, args, transformers.AutoModelForSequenceClassification, new_head=True, num_labels=1
-    )
+    model = load_model(path, args, of_reward=True)
     if not hasattr(model, "score"):
         die(f"--reward-model {path}: {type(model).__name__} has no score.weight")
     model.forward = partial(reward_forward, model)  # FSDP gathers the weights around it
     tokenizer = load(transformers.AutoTokenizer, path, "tokenizer")
-    # Whoever uses the reward model must read it as it was fitted: at the EOS of the policy's template. As
-    # transformers reads a classifier at the last token that is not a pad, EOS must not be the pad.
+    # Whoever uses the reward model must read it as it was fitted: at the EOS of the policy's template.
+    # As transformers reads a classifier at the last token that is not a pad, EOS must not be the pad.
     tokenizer.chat_template, model.config.eos_token_id = data.tokenizer.chat_template, sorted(data.eos_ids)
     if tokenizer.pad_token_id in {None, *data.eos_ids}:
         others = [i for i in tokenizer.all_special_ids if i not in data.eos_ids]
@@ -1273,9 +1254,9 @@ if __name__ == "__main__":
         main(parse_args())
     except (KeyboardInterrupt, OSError, SafetensorError, torch.OutOfMemoryError) as error:
         die((str(error) or "stopped") + "".join(f"; to continue: --resume {out}" for out in TAKEN))
-    except Exception:
-        if first_to_fail():
+    except Exception:  # a fault of the code, not of a user
+        if WORLD == 1:
             raise
-        sys.exit(2)  # the others fail when they lose the first, which has said why
+        die(traceback.format_exc())  # once, though the other processes fail with the first
     if WORLD > 1:
         dist.destroy_process_group()

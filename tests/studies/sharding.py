@@ -72,8 +72,9 @@ def one_step(method, n, flags):
     elif method == "lora":
         loss_of = partial(irft.irft_loss, loss="spin", scale=1.0)
         irft.add_lora(model, args.lora_rank, "0")
-        for layer in irft.linear_layers(model):
-            torch.nn.init.constant_(layer.lora_b, 0.01)  # at 0, A would have no gradient
+        for layer in model.modules():
+            if hasattr(layer, "lora_b"):
+                torch.nn.init.constant_(layer.lora_b, 0.01)  # at 0, A would have no gradient
     else:
         policy, (model, _) = model, irft.load_reward(args.model, data, args)
         loss_of = partial(irft.reward_loss, loss="logistic", penalty=0.01)
