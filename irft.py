@@ -768,7 +768,9 @@ GOOD = r"(is_|was_)?(label|desir\w*|accept\w*|approv\w*|good|correct|valid|keep|
 BAD = r"(is_|was_)?(reject\w*|bad|wrong|incorrect|invalid|undesir\w*|toxic|harmful|flagged|spam)"
 NO = r"false|no|0|0?\.0+|-.+|bad|neg\w*|reject\w*|undesir\w*|wrong|incorrect|fail\w*|dislike\w*"
 MORE = r"image|picture|photo|pixel|video|audio|speech|tool|function|think|thought|reason|rationale"
-FILE = r"data:\w+/.*|\S+\.(png|jpe?g|gif|webp|mp4|mov|avi|webm|mp3|wav|flac)\W*|.*\bb['\"].*|<pil.*"
+FILE = (
+    r"data:\w+/.*|\S+\.(png|jpe?g|gif|webp|mp4|mov|avi|webm|mp3|wav|flac)\W*|.*'bytes': b.*|b['\"].*|<pil.*"
+)
 
 Data = namedtuple("Data", "tokenizer eos_ids max_new_tokens room demos dev heldout")
 
@@ -1171,7 +1173,7 @@ def try_model(model, demos):
     except Exception as error:  # noqa: BLE001 (whatever a model does not take)
         die(f"cannot sample from {model.config.model_type}: {' '.join(str(error).split()):.300}")
     reshard(model)
-    gap = max(gap.abs().max().item() for gap in gaps)
+    gap = torch.stack([gap.abs().max() for gap in gaps]).max().item()  # nan if one is
     if not gap < 1e-3:
         die(f"cannot use {model.config.model_type}: padding or cache move log-probabilities by {gap:.2g}")
 

@@ -11,6 +11,7 @@ import pyarrow.parquet
 import pytest
 from conftest import ZEPHYR, byte_tokenizer
 from helpers import EOS, A, Q, assistant, demos_of, refusal, user, write_jsonl
+from tokenizers.normalizers import Lowercase
 from transformers import AutoConfig
 
 import gsil
@@ -94,6 +95,8 @@ BROKEN = [  # row, a regex for what is said of it, and a chat template
     ({"messages": [assistant("a")]}, "messages.* has no prompt with a response"),
     ({"chosen": "Human: a\n\nAssistant: b"}, "transcript"),
     ({"prompt": "a", "response": "one <|end|> two"}, "EOS token"),
+    ({"prompt": "<s>a", "response": "b"}, "<s> is in the prompt", "<s>" + ZEPHYR),
+    ({"prompt": "zebra", "chosen": OTHERS}, "prompt.* is not in the conversation"),
     ({"prompt": "a", "response": "\ud83d"}, "surrogate"),  # half an emoji
     (3, "row.* 3"),
     ([1], r"row.* \[1\]"),
@@ -113,6 +116,13 @@ NO_DEMONSTRATIONS = [  # of these any number is left out
     ({"messages": [user("a"), assistant("b") | {"tool_calls": ["f"]}]}, "tool_calls"),
     ({"messages": [user("a"), assistant("b")], "tools": ["f"]}, "tools"),
     ({"prompt": "a", "completion": "go away", "label": False}, "label"),
+    ({"prompt": "a", "response": "b", "is_bad": "true"}, "is_bad"),
+    ({"messages": [user("a"), assistant("b") | {"weight": 0}, user("c")]}, "weight"),
+    ({"messages": [user("a"), assistant("b") | {"channel": "analysis"}]}, "channel"),
+    ({"messages": [user("a"), assistant("b"), {"role": "ipython", "content": "c"}]}, "role.*ipython"),
+    ({"prompt": "<image> a", "response": "b"}, "more than"),
+    ({"prompt": "a", "response": "b", "snapshot": ["x.PNG"]}, "snapshot.*more than"),
+    ({"prompt": "a", "response": "b", "my_reasoning": "I add."}, "my_reasoning.*more than"),
     ({"prompt": "a" * 400, "response": "b"}, "400|[0-9]+ tokens"),
 ]
 
@@ -237,3 +247,61 @@ def test_a_tenth_is_held_out_by_seed(inputs, tmp_path, capsys):
     assert heldout[0] == heldout[1] != heldout[2]
     printed = capsys.readouterr().out
     assert re.search(r"\nno --heldout: .*\b4\b", printed) and "warning" not in printed
+
+
+def test_roles_may_be_written_in_other_ways(tmp_path, tokenizer):
+    """A template would be given a role that it does not know, and an earlier turn be learned for the last one."""
+    for ours, theirs in (("User", "Assistant"), ("prompter", "bot"), (" human ", "model")):
+        turns = [{"role": ours, "content": Q}, {"role": theirs, "content": A}]
+        [demo] = demos_of(write_jsonl(tmp_path / "x.jsonl", [{"messages": turns}]), tokenizer)
+        assert (demo["prompt"], demo["response"]) == (ASKED, A)
+
+
+def test_columns_are_used_or_named(tmp_path, tokenizer, capsys):
+    """A system prompt in a column of its own, or earlier turns, would be missing without a word."""
+    rows = [{"prompt": Q, "response": A, "system_prompt": "Be brief.", "history": [["a", "b"]], "id": 7}]
+    [demo] = demos_of(write_jsonl(tmp_path / "x.jsonl", rows), tokenizer)
+    assert "Be brief." in demo["prompt"] and "history" not in demo
+    assert re.search(
+        r"prompt, response, system_prompt; not used: history, id$", capsys.readouterr().out, re.MULTILINE
+    )
+
+
+def test_a_tokenizer_that_changes_texts_is_warned_of(tmp_path, tokenizer, capsys):
+    """A model would be trained on lower case, or without accents, while its log shows the texts of the file."""
+    rows = [{"prompt": Q, "response": "IRON is Fe"}, {"prompt": Q, "response": "iron is fe \n"}]
+    demos_of(write_jsonl(tmp_path / "x.jsonl", rows), tokenizer)
+    assert "changes the text" not in capsys.readouterr().out
+    lower = byte_tokenizer()
+    lower.backend_tokenizer.normalizer = Lowercase()
+    demos_of(tmp_path / "x.jsonl", lower)
+    assert "changes the text of 2 of 2 rows" in capsys.readouterr().out  # Q begins with a capital
+
+
+def test_the_answer_is_what_the_response_ends_in(tmp_path, tokenizer):
+    """A heading of Markdown would be the gold, and every right response be counted as wrong."""
+    texts = {"#### Step 1: Add\n1 + 1 = 2\n\n#### 2 \n\n": "2", "#### A heading\nand no value": None}
+    path = write_jsonl(tmp_path / "x.jsonl", [{"prompt": Q, "response": text} for text in texts])
+    assert [demo["answer"] for demo in demos_of(path, tokenizer)] == list(texts.values())
+
+
+def test_a_folder_with_configurations(inputs, tmp_path, capsys):
+    """Such a dataset could not be named, and what the library raises would be a page of its code."""
+    (tmp_path / "main").mkdir()
+    write_jsonl(tmp_path / "main/train.jsonl", [{"question": Q, "answer": A}])
+    configs = "configs:\n- config_name: main\n  data_files: main/train.jsonl\n- config_name: other\n"
+    (tmp_path / "README.md").write_text(f"---\n{configs}  data_files: other.jsonl\n---\n")
+    [(place, row)] = gsil.read_rows(f"{tmp_path}:main", "train")
+    assert place == f"{tmp_path}:main row 1" and row == {"question": Q, "answer": A}
+    said = refusal(capsys, f"{inputs} --data {tmp_path} --out {tmp_path}/out")
+    assert said.startswith(f"error: {tmp_path}: ") and "main" in said and "other" in said
+
+
+def test_one_long_row_shortens_no_other(inputs, tmp_path, capsys):
+    """One prompt near the window would cut the responses of all rows to what it leaves."""
+    rows = [{"prompt": f"{n}", "response": "b" * 90} for n in range(9)]
+    path = write_jsonl(tmp_path / "x.jsonl", [*rows, {"prompt": "a" * 200, "response": "b"}])
+    model = gsil.parse_args(inputs.split()).model  # its window has 256 tokens
+    data = gsil.read_data(gsil.parse_args(["--model", model, "--data", str(path)]))
+    assert {len(demo["real_ids"]) for demo in data.demos + data.heldout} == {91}
+    assert "1 of 10 rows" in capsys.readouterr().out

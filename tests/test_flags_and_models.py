@@ -1,6 +1,7 @@
 """The edges of gsil.py: flags and models. A person's mistake is one sentence, before any work."""
 
 import io
+import json
 import math
 import os
 import sys
@@ -13,6 +14,7 @@ from helpers import EOS, as_script, read_jsonl, refusal, run, user, write_jsonl
 from tokenizers.processors import TemplateProcessing
 
 import gsil
+import irft
 
 
 def test_defaults(capsys):
@@ -137,3 +139,45 @@ def test_a_terminal_without_the_letter(inputs, tmp_path, monkeypatch, capsys):
     terminal.flush()
     printed = terminal.buffer.getvalue().decode("ascii")
     assert "caf\\xe9 ?" in printed and f"results in {tmp_path}/\\xe9" in printed
+
+
+def other_kinds(folder):
+    """Save models that load without an error, but not as what they are; yield what should be said of each."""
+    config = folder / "config.json"
+
+    def change(**values):
+        tiny_model().save_pretrained(folder)
+        config.write_text(json.dumps(json.loads(config.read_text()) | values))
+
+    byte_tokenizer().save_pretrained(folder)
+    change(quantization_config={"quant_method": "fp8"})
+    yield "quantized"
+    change(num_hidden_layers=1)  # weights that nobody would use
+    yield "model.layers.1."
+    change(vocab_size=310)
+    yield "lm_head.weight"
+    tiny_model().save_pretrained(folder)
+    (folder / "adapter_config.json").write_text("{}")
+    yield "adapter"
+    (folder / "adapter_config.json").unlink()
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64}
+    sizes |= {"vocab_size": 300, "max_position_embeddings": 260, "is_decoder": True, "initializer_range": 0.2}
+    transformers.RobertaForCausalLM(
+        transformers.RobertaConfig(**sizes, pad_token_id=0, eos_token_id=1)
+    ).save_pretrained(folder)
+    yield "padding or cache"  # it counts positions from the padding
+
+
+def test_a_model_that_is_something_else_is_refused(inputs, tmp_path, capsys):
+    """Weights would be dropped or trained that cannot be saved, and samples come from another distribution."""
+    for says in other_kinds(tmp_path / "model"):
+        said = refusal(capsys, f"{inputs} --model {tmp_path}/model --out {tmp_path}/out")
+        assert said.startswith("error: ") and says in said, said
+        assert not (tmp_path / "out").exists()
+
+
+def test_a_warmup_without_an_end_is_refused(inputs, tmp_path, capsys):
+    """A run in which no weight moves, or the rate never comes to --lr, would end as if it had worked."""
+    for flags, script in (("--batch 6", gsil), ("--reward-steps 1 --policy-steps 9", irft)):
+        said = refusal(capsys, f"{inputs} {flags} --epochs 1 --warmup 1 --out {tmp_path}/out", script)
+        assert said.startswith("error: --warmup 1: ") and not (tmp_path / "out").exists()
