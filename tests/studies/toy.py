@@ -503,7 +503,10 @@ def print_main(args, prefix=""):
     print_models(rows, args)
     others = ("SFT", "SFT extrapolated", "SFT, filtered")
     pairs = [("GSIL logistic", other) for other in others] + [("RFT", "GSIL logistic")]
-    print_differences(rows, pairs if prefix else [*pairs, ("GSIL hinge", "GSIL logistic")], args)
+    if not prefix:
+        pairs += [("GSIL logistic", "SFT, filtered, last epoch"), ("RFT", "SFT extrapolated")]
+        pairs += [("GSIL hinge", "GSIL logistic")]
+    print_differences(rows, pairs, args)
 
 
 def print_anew(args):
