@@ -7,14 +7,16 @@ model at the start of round t:
 
     d(y) = log pi(y|x) - log pi_t(y|x)      the log-ratio, summed over the response's tokens
     h(y) = scale * d(y) + shift             the paper calls these two alpha and beta
-    minimize loss(h(y+), h(y-))             see LOSSES
+    minimize loss(h(y+), h(y-))             -log sigmoid(h(y+)) - log sigmoid(-h(y-)) by default
 
-At its optimum a round turns pi_t into pi_t (p/pi_t)^(1/scale) / Z, where p is how the demonstrators write
-and Z normalizes. Scale 1 imitates them. A smaller scale goes beyond them, further in the direction that
-sets them apart from the model. This is exact for the loss spin. The others, except hinge, would need the
-shift scale log Z, which differs between prompts, while a learned shift is one number. On long responses h
-soon leaves the range where the losses have a gradient; there scale acts as a step size. Unlike the official
-code, this one never edits sampled ids, so that formatting gives no side away.
+At its optimum a round turns pi_t into pi_t (p/pi_t)^(1/scale) / Z, where p is how the
+demonstrators write and Z normalizes. Scale 1 imitates them. A smaller scale goes beyond them,
+further in the direction that sets them apart from the model. A round multiplies log pi - log p by
+1 - 1/scale, so several rounds settle at p only if scale is above 0.5. The formula is exact for the
+loss spin. The others, except hinge, need the shift scale log Z, which differs between prompts; a
+learned shift is one number. On long responses h soon leaves the range where the losses have a
+gradient; there scale acts as a step size. Unlike the official code, this one never edits sampled
+ids, so a response's format does not tell whose it is.
 
     python gsil.py                      # the built-in toy, about a minute on two CPU cores
     python gsil.py --model M --data train.jsonl --heldout test.jsonl --lr 5e-5 --out runs/mine
@@ -126,6 +128,8 @@ def parse_args(argv=None):
                 parser.error(f"{option} {value}: the run to resume has {saved[name]}, which stays")
         if args.rounds > saved["rounds"] and Path(args.resume, "sft").exists():
             print("warning: sft is finished, with the epochs of fewer rounds")
+        if args.device not in devices:
+            parser.error(f"--device {args.device}: there is none; choose {' or '.join(devices)}")
     if args.data == f"{TOY}/demos.jsonl":
         args.dev, args.heldout = args.dev or f"{TOY}/dev.jsonl", args.heldout or f"{TOY}/heldout.jsonl"
         args.habit = args.habit or "="  # the response shows its working: 7 + 4 = 11 . #### 11
@@ -164,7 +168,7 @@ def pad(rows, side, device):
 
 
 def gather(value=None):
-    """[the value of each process], in every process. None goes on before all have come here."""
+    """[the value of each process], in every process. Each waits here until all have come."""
     values = [value] * WORLD
     if WORLD > 1:
         dist.all_gather_object(values, value)
@@ -202,12 +206,14 @@ def next_token_logits(model, ids, mask, cache):
 
 @torch.no_grad()
 def sample(model, prompts, eos_ids, max_new_tokens, temperature, batch_size, seed):
-    """One response y ~ pi(.|x) per prompt, from the plain softmax; at temperature 0 greedy. Ids in and
-    out. It ends with an EOS id if the model sampled one, else it has max_new_tokens ids. Every process
-    takes a share of the batches, and gets the responses of all."""
+    """Draw one response y ~ pi(.|x) for each prompt; both are lists of token ids. Each token comes
+    from softmax(logits / temperature), or is the likeliest at temperature 0, as in transformers'
+    generate with top_k=0, top_p=1. A response ends with one of eos_ids, a set, if the model
+    samples it; else it has max_new_tokens ids. NaN logits end the run. Each process samples a
+    share and returns all responses."""
     if WORLD > 1:
-        # One joint forward pass gathers the weights on every process, where they stay until `reshard`.
-        # So each process can run its own batches without waiting for the others, even if it has none.
+        # One joint forward pass gathers the weights on every process. load_model makes FSDP keep
+        # them until `reshard`, so each process can run its own batches without the others.
         model(input_ids=pad(prompts[:1], "left", model.device))
     responses = [[] for _ in prompts]
     parts = batches([len(x) for x in prompts], min(batch_size, math.ceil(len(prompts) / WORLD)))
@@ -247,7 +253,8 @@ def sample(model, prompts, eos_ids, max_new_tokens, temperature, batch_size, see
 
 # ---- 2. Log-probabilities: how likely is a response? --------------------------------------
 def response_logps(model, texts):
-    """log pi(y|x) in nats, summed over y's tokens: [(prompt ids, response ids)] -> (B,).
+    """log pi(y|x) in nats, summed over y's tokens as in the official code. texts: B pairs (prompt
+    ids, response ids), neither part empty. Returns (B,), float32, with gradients.
     [([5, 6], [7, 1]), ([5], [8])] becomes the ids [[5, 6, 7, 1], [5, 8, 0, 0]] and the mask
     [[0, 0, 1, 1], [0, 1, 0, 0]]. Padding is on the right and attention is causal, so real tokens never
     attend to padding, and no attention mask is needed."""
@@ -278,7 +285,7 @@ def score(model, texts, max_tokens, measure=response_logps):
 
 
 # ---- 3. Losses: a demonstration, or the model's own response? -----------------------------
-H_MAX = 5.0  # exp(h) estimates p/pi_t; beyond e^5 = 148 no text may dominate a batch any further
+H_MAX = 5.0  # exp(h) estimates p/pi_t; beyond e^5 = 148 its tangent or a constant takes its place
 
 
 def tangent_exp(h, limit=H_MAX):
@@ -304,8 +311,11 @@ LOSSES = {
 
 
 def gsil_loss(model, pairs, loss, scale, shift):
-    """loss(h(y+), h(y-)) of each pair, (B,), and metrics {name: (B,)}. pairs: as self_play makes them.
-    loss: a key of LOSSES. shift: a scalar tensor, which may be learned."""
+    """loss(h(y+), h(y-)) of each pair, (B,), float32, and metrics {name: (B,)}, d_* in nats.
+    pairs: dicts with prompt_ids, real_ids, generated_ids and log pi_t, real_reference and
+    generated_reference. loss: a key of LOSSES. shift: a scalar tensor, which may be learned. The
+    official code has the same losses, but its spin takes beta as the scale, and its exponentials
+    are unbounded."""
     real = [(pair["prompt_ids"], pair["real_ids"]) for pair in pairs]
     generated = [(pair["prompt_ids"], pair["generated_ids"]) for pair in pairs]
     logps = response_logps(model, real + generated)  # (2B,): one forward pass for both sides
@@ -319,16 +329,18 @@ def gsil_loss(model, pairs, loss, scale, shift):
 
 
 def sft_loss(model, demos, mean_length):
-    """Cross-entropy of each demonstration, (B,), scaled so that its mean is per token."""
+    """-log pi(y|x) / mean_length of each demonstration, (B,), and no metrics. mean_length: tokens
+    of a response, on average over the data, so that the data's mean loss is in nats per token."""
     logps = response_logps(model, [(demo["prompt_ids"], demo["real_ids"]) for demo in demos])
     return -logps / mean_length, {}
 
 
 # ---- 4. Train -----------------------------------------------------------------------------
 def update(model, optimizer, batch, loss_of, args):
-    """One optimizer step on the mean loss of a batch. Returns the mean of every metric.
-    loss_of(model, rows) -> losses (B,), {metric: (B,)}. Each process takes a share of the batch, in
-    micro-batches of similar length, whose gradients add up to that of the whole batch."""
+    """Make one optimizer step on the mean loss of a batch, a list of rows. loss_of(model, rows) ->
+    losses (B,), {metric: (B,)}. Returns {name: float}: means over the batch, and grad_norm before
+    clipping. A loss of another shape, or not finite, ends the run before the step. Each process
+    takes a share, in micro-batches whose gradients add up to that of the whole batch."""
     share, sums, lengths = batch[RANK::WORLD], {}, []
     for row in share:  # tokens in a forward pass: of one text, or of two, padded to the longer
         sides = [len(row[key]) for key in ("real_ids", "generated_ids") if key in row]
@@ -346,7 +358,7 @@ def update(model, optimizer, batch, loss_of, args):
             sums[name] = sums.get(name, 0.0) + counts * values.sum().item()
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            if WORLD > 1 and not hasattr(parameter, "full_tensor"):  # a shift, which is not sharded
+            if WORLD > 1 and not hasattr(parameter, "full_tensor"):  # not sharded: a shift, LoRA
                 if parameter.grad is None:  # nothing went through it
                     parameter.grad = torch.zeros_like(parameter)
                 dist.all_reduce(parameter.grad)
@@ -374,7 +386,9 @@ def make_optimizer(model, lr, steps, args, learned=()):
 
 
 def train(model, rows, loss_of, epochs, folder, data, args, learned=()):
-    """Train on rows; save the epoch that solves most dev problems, or without dev the last one."""
+    """Train on rows, and save in folder, such as OUT/round_1, the epoch that solves most dev
+    problems, or without dev the last. data: what read_data returns. learned: [shift], or () if it
+    is fixed."""
     steps = epochs * math.ceil(len(rows) / args.batch)
     optimizer, schedule = make_optimizer(model, args.lr, steps, args, learned)
     phase, step, best, unprinted = folder.name.replace("_", " "), 0, -1.0, []
@@ -385,14 +399,14 @@ def train(model, rows, loss_of, epochs, folder, data, args, learned=()):
             metrics["lr"] = schedule.get_last_lr()[0]
             schedule.step()
             step += 1
-            log_step(phase, step, steps, metrics, unprinted, args)
+            log_step(phase, step, steps, metrics, unprinted, args)  # prints and empties unprinted
             d_real.append(metrics.get("d_real", 0.0))
             if step == 1 and max(abs(metrics.get(d, 0)) for d in ("d_real", "d_generated")) > 1:
                 die("policy and reference differ before the first step, but should be one model")
         if fmean(d_real) < -50:
             print("warning: demonstrations became e^50 times less likely: try a lower --lr")
         if data.dev:
-            right, _ = accuracy(model, data.dev, 0, data, args)
+            right, _ = accuracy(model, data.dev, 0, data, args)  # a share, by greedy responses
             keep = right > best  # of equal epochs the first, which had less time to overfit
             best = max(best, right)
             print(f"  epoch {epoch}: {right:.1%} of dev right{', kept' if keep else ''}")
@@ -400,14 +414,15 @@ def train(model, rows, loss_of, epochs, folder, data, args, learned=()):
             keep = epoch == epochs
         if keep:
             model.save_pretrained(folder.with_suffix(".partial"))
-    finish(folder, data.tokenizer)
+    finish(folder, data.tokenizer)  # renames FOLDER.partial to FOLDER
 
 
 # ---- 5. The method ------------------------------------------------------------------------
 def self_play(policy, demos, folder, data, args):
-    """A round's pairs: every demonstration with a response of the policy, and log pi_t of both, such as
-    {"prompt": "2 + 2", "response": "4", "generated": "5", "prompt_ids": [7, 3, 7], "real_ids": [9, 1],
-    "generated_ids": [8, 1], "real_reference": -2.5, "generated_reference": -1.5}."""
+    """A round's pairs: every demonstration with a response of the policy, and log pi_t of both in
+    nats, such as {"prompt": "2 + 2", "response": "4", "generated": "5<eos>", "prompt_ids": [7, 3,
+    7], "real_ids": [9, 1], "generated_ids": [8, 1], "real_reference": -2.5, "generated_reference":
+    -1.5, "answer": None}. FOLDER.jsonl keeps them."""
     file, seed = folder.with_suffix(".jsonl"), f"{args.seed} {folder.name.replace('_', ' ')}"
     if file.exists():  # the run was interrupted while it trained on them
         return [json.loads(line) for line in file.read_text().splitlines()]
@@ -431,9 +446,10 @@ def self_play(policy, demos, folder, data, args):
 
 
 def predict_habit(pairs, scale, data, args):
-    """Print the share of responses with the habit: the model's, the demonstrators', and at the optimum
-    pi_t (p/pi_t)^(1/scale) / Z, whose odds are odds_t (odds/odds_t)^(1/scale). That is exact if p/pi_t
-    is the same for all responses with the habit, and for all without. scale None: no such optimum."""
+    """Print the share of responses with the habit: the model's, the demonstrators', and at the
+    optimum pi_t (p/pi_t)^(1/scale) / Z. That moves the log-odds by 1/scale times the difference
+    between the two, if p/pi_t is one number for all responses with the habit, and one for all
+    without. scale None: the loss has no such optimum."""
     own = habit_share([pair["generated_ids"] for pair in pairs], data, args)
     theirs = habit_share([pair["real_ids"] for pair in pairs], data, args)
     print(f"  {args.habit!r}, over all prompts: model {own:.1%}, demonstrators {theirs:.1%}", end="")
@@ -442,7 +458,7 @@ def predict_habit(pairs, scale, data, args):
         optimum = (start + (goal - start) / scale).sigmoid().item()
         print(f"; predicted {optimum:.1%} if these responses differ in nothing else")
     else:
-        print("; no prediction from this loss, --temperature, or shares of 0% or 100%")
+        print("; no prediction from these flags, or from shares of 0% or 100%")
 
 
 def gsil_round(start, folder, data, args):
@@ -450,9 +466,11 @@ def gsil_round(start, folder, data, args):
     policy = load_model(start, args)
     pairs = self_play(policy, data.demos, folder, data, args)
     if args.habit:
-        predict_habit(pairs, args.scale if args.loss != "hinge" else None, data, args)
-    shift = torch.tensor(args.shift or 0.0, device=policy.device)
-    learned = [shift.requires_grad_()] if args.shift is None else []
+        # The shift cancels in spin. A given shift moves the optimum of the others. Hinge has none.
+        known = args.loss == "spin" or (args.loss != "hinge" and args.shift is None)
+        predict_habit(pairs, args.scale if known else None, data, args)
+    shift = torch.tensor(args.shift or 0.0, device=policy.device, requires_grad=args.shift is None)
+    learned = [shift] if args.shift is None else []
     loss_of = partial(gsil_loss, loss=args.loss, scale=args.scale, shift=shift)
     train(policy, pairs, loss_of, args.epochs, folder, data, args, learned)
 
@@ -491,28 +509,30 @@ def extrapolate(folder, data, args):
 
 
 def main(args):
-    """The start model, the rounds, the baselines; returns the table that summary.json holds."""
+    """Run and evaluate the rounds and the baselines; return the table that summary.json holds."""
     if RANK > 0:  # only the first process prints
         sys.stdout = open(os.devnull, "w", errors="backslashreplace")  # noqa: SIM115
     if args.rounds > 1 and args.scale <= 0.5 and args.loss != "sft":
-        # At its optimum a round multiplies the error log pi - log p by 1 - 1/scale.
         print(f"warning: rounds do not settle at --scale {args.scale}: use --rounds 1 or --scale 1")
     data = read_data(args)  # before the weights, so that mistakes show at once
     steps = args.epochs * math.ceil(len(data.demos) / args.batch)
     if args.warmup >= steps:
         die(f"--warmup {args.warmup}: a round has {steps} steps, so --lr would never be reached")
     policy = load_model(args.model, args)
-    try_model(policy, data.demos)
+    try_model(policy, data.demos)  # refuses a model whose padding or cache change what it predicts
     print(f"model   {args.model}: {policy.num_parameters():,} parameters, {WORLD} x {policy.device}")
-    args = take_folder(args, f"runs/gsil-{args.loss}")
-    shift = "learned" if args.shift is None else args.shift
-    print(f"method  {args.loss}, scale {args.scale}, shift {shift}, results in {args.out}")
-    print(f"        {args.rounds} x ({len(data.demos)} responses to sample, {steps} steps)")
+    args = take_folder(args, f"runs/gsil-{args.loss}")  # with the folder in args.out
+    if args.loss == "sft":
+        print(f"method  sft, results in {args.out}")
+    else:
+        shift = "learned" if args.shift is None else args.shift
+        print(f"method  {args.loss}, scale {args.scale}, shift {shift}, results in {args.out}")
+        print(f"        {args.rounds} x ({len(data.demos)} responses to sample, {steps} steps)")
     out, table = Path(args.out), {}
     if (out / "summary.json").exists():  # of a resumed run
         table = json.loads((out / "summary.json").read_text())
 
-    evaluate("base", policy, None, table, data, args)
+    evaluate("base", policy, None, table, data, args)  # adds a row to table, unless it is there
     del policy  # every stage loads the model that it starts from
     stages = [f"round_{t}" for t in range(1, args.rounds + 1)] if args.loss != "sft" else []
     if args.rounds and (args.loss == "sft" or args.baseline != "none"):
@@ -530,7 +550,8 @@ def main(args):
                 gsil_round(start, folder, data, args)
             seconds = time.time() - began
         start = folder
-        evaluate(name, load_model(folder, args), seconds, table, data, args)
+        if name not in table:  # else a resumed run need not load the model
+            evaluate(name, load_model(folder, args), seconds, table, data, args)
     print_table(table, out)
     return table
 

@@ -152,6 +152,8 @@ def parse_args(argv=None):
             option = f"--{name.replace('_', '-')}"
             if value != saved[name] and option not in RESUMABLE:
                 parser.error(f"{option} {value}: the run to resume has {saved[name]}, which stays")
+        if args.device not in devices:
+            parser.error(f"--device {args.device}: there is none; choose {' or '.join(devices)}")
     if args.data == f"{TOY}/demos.jsonl":
         args.dev, args.heldout = args.dev or f"{TOY}/dev.jsonl", args.heldout or f"{TOY}/heldout.jsonl"
         args.habit = args.habit or "="  # the response shows its working: 7 + 4 = 11 . #### 11
@@ -197,7 +199,7 @@ def pad(rows, side, device):
 
 
 def gather(value=None):
-    """[the value of each process], in every process. None goes on before all have come here."""
+    """[the value of each process], in every process. Each waits here until all have come."""
     values = [value] * WORLD
     if WORLD > 1:
         dist.all_gather_object(values, value)
@@ -235,12 +237,14 @@ def next_token_logits(model, ids, mask, cache):
 
 @torch.no_grad()
 def sample(model, prompts, eos_ids, max_new_tokens, temperature, batch_size, seed):
-    """One response y ~ pi(.|x) per prompt, from the plain softmax; at temperature 0 greedy. Ids in and
-    out. It ends with an EOS id if the model sampled one, else it has max_new_tokens ids. Every process
-    takes a share of the batches, and gets the responses of all."""
+    """Draw one response y ~ pi(.|x) for each prompt; both are lists of token ids. Each token comes
+    from softmax(logits / temperature), or is the likeliest at temperature 0, as in transformers'
+    generate with top_k=0, top_p=1. A response ends with one of eos_ids, a set, if the model
+    samples it; else it has max_new_tokens ids. NaN logits end the run. Each process samples a
+    share and returns all responses."""
     if WORLD > 1:
-        # One joint forward pass gathers the weights on every process, where they stay until `reshard`.
-        # So each process can run its own batches without waiting for the others, even if it has none.
+        # One joint forward pass gathers the weights on every process. load_model makes FSDP keep
+        # them until `reshard`, so each process can run its own batches without the others.
         model(input_ids=pad(prompts[:1], "left", model.device))
     responses = [[] for _ in prompts]
     parts = batches([len(x) for x in prompts], min(batch_size, math.ceil(len(prompts) / WORLD)))
@@ -280,7 +284,8 @@ def sample(model, prompts, eos_ids, max_new_tokens, temperature, batch_size, see
 
 # ---- 2. Log-probabilities: how likely is a response? --------------------------------------
 def response_logps(model, texts):
-    """log pi(y|x) in nats, summed over y's tokens: [(prompt ids, response ids)] -> (B,).
+    """log pi(y|x) in nats, summed over y's tokens as in the official code. texts: B pairs (prompt
+    ids, response ids), neither part empty. Returns (B,), float32, with gradients.
     [([5, 6], [7, 1]), ([5], [8])] becomes the ids [[5, 6, 7, 1], [5, 8, 0, 0]] and the mask
     [[0, 0, 1, 1], [0, 1, 0, 0]]. Padding is on the right and attention is causal, so real tokens never
     attend to padding, and no attention mask is needed."""
@@ -311,7 +316,7 @@ def score(model, texts, max_tokens, measure=response_logps):
 
 
 # ---- 3. IRFT: an implicit reward, scale * log pi/pi_ref -----------------------------------
-H_MAX = 5.0  # at the optimum this is p/pi_ref = e^5 = 148: told apart so clearly, a response is done with
+H_MAX = 5.0  # past this h, a response gets no further gradient from linear, which has no optimum
 
 # name -> f(h of demonstrations, h of own responses) -> loss, all (B,), where h = scale * d
 LOSSES = {
@@ -323,7 +328,8 @@ LOSSES = {
 
 
 def irft_loss(model, pairs, loss, scale):
-    """Loss of each pair, (B,), and metrics {name: (B,)}."""
+    """Algorithm 2's loss of each pair, (B,), and metrics {name: (B,)}, d_* in nats. pairs: dicts
+    with prompt_ids, real_ids, generated_ids, real_reference and generated_reference."""
     real = [(pair["prompt_ids"], pair["real_ids"]) for pair in pairs]
     generated = [(pair["prompt_ids"], pair["generated_ids"]) for pair in pairs]
     logps = response_logps(model, real + generated)  # (2B,): one forward pass for both sides
@@ -335,16 +341,18 @@ def irft_loss(model, pairs, loss, scale):
 
 
 def sft_loss(model, demos, mean_length):
-    """Cross-entropy of each demonstration, (B,), scaled so that its mean is per token."""
+    """-log pi(y|x) / mean_length of each demonstration, (B,), and no metrics. mean_length: tokens
+    of a response, on average over the data, so that the data's mean loss is in nats per token."""
     logps = response_logps(model, [(demo["prompt_ids"], demo["real_ids"]) for demo in demos])
     return -logps / mean_length, {}
 
 
 # ---- 4. Train -----------------------------------------------------------------------------
 def update(model, optimizer, batch, loss_of, args):
-    """One optimizer step on the mean loss of a batch. Returns the mean of every metric.
-    loss_of(model, rows) -> losses (B,), {metric: (B,)}. Each process takes a share of the batch, in
-    micro-batches of similar length, whose gradients add up to that of the whole batch."""
+    """Make one optimizer step on the mean loss of a batch, a list of rows. loss_of(model, rows) ->
+    losses (B,), {metric: (B,)}. Returns {name: float}: means over the batch, and grad_norm before
+    clipping. A loss of another shape, or not finite, ends the run before the step. Each process
+    takes a share, in micro-batches whose gradients add up to that of the whole batch."""
     share, sums, lengths = batch[RANK::WORLD], {}, []
     for row in share:  # tokens in a forward pass: of one text, or of two, padded to the longer
         sides = [len(row[key]) for key in ("real_ids", "generated_ids") if key in row]
@@ -362,7 +370,7 @@ def update(model, optimizer, batch, loss_of, args):
             sums[name] = sums.get(name, 0.0) + counts * values.sum().item()
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            if WORLD > 1 and not hasattr(parameter, "full_tensor"):  # a shift, which is not sharded
+            if WORLD > 1 and not hasattr(parameter, "full_tensor"):  # not sharded: a shift, LoRA
                 if parameter.grad is None:  # nothing went through it
                     parameter.grad = torch.zeros_like(parameter)
                 dist.all_reduce(parameter.grad)
@@ -390,7 +398,9 @@ def make_optimizer(model, lr, steps, args, learned=()):
 
 
 def train(model, rows, loss_of, epochs, folder, data, args, learned=()):
-    """Train on rows; save the epoch that solves most dev problems, or without dev the last one."""
+    """Train on rows, and save in folder, such as OUT/round_1, the epoch that solves most dev
+    problems, or without dev the last. data: what read_data returns. learned: [shift], or () if it
+    is fixed."""
     steps = epochs * math.ceil(len(rows) / args.batch)
     optimizer, schedule = make_optimizer(model, args.lr, steps, args, learned)
     phase, step, best, unprinted = folder.name.replace("_", " "), 0, -1.0, []
@@ -401,14 +411,14 @@ def train(model, rows, loss_of, epochs, folder, data, args, learned=()):
             metrics["lr"] = schedule.get_last_lr()[0]
             schedule.step()
             step += 1
-            log_step(phase, step, steps, metrics, unprinted, args)
+            log_step(phase, step, steps, metrics, unprinted, args)  # prints and empties unprinted
             d_real.append(metrics.get("d_real", 0.0))
             if step == 1 and max(abs(metrics.get(d, 0)) for d in ("d_real", "d_generated")) > 1:
                 die("policy and reference differ before the first step, but should be one model")
         if fmean(d_real) < -50:
             print("warning: demonstrations became e^50 times less likely: try a lower --lr")
         if data.dev:
-            right, _ = accuracy(model, data.dev, 0, data, args)
+            right, _ = accuracy(model, data.dev, 0, data, args)  # a share, by greedy responses
             keep = right > best  # of equal epochs the first, which had less time to overfit
             best = max(best, right)
             print(f"  epoch {epoch}: {right:.1%} of dev right{', kept' if keep else ''}")
@@ -416,7 +426,7 @@ def train(model, rows, loss_of, epochs, folder, data, args, learned=()):
             keep = epoch == epochs
         if keep:
             model.save_pretrained(folder.with_suffix(".partial"))
-    finish(folder, data.tokenizer)
+    finish(folder, data.tokenizer)  # renames FOLDER.partial to FOLDER
 
 
 # ---- 5. RFT: an explicit reward -----------------------------------------------------------
@@ -429,7 +439,8 @@ def reward_forward(model, ids, last):
 
 
 def reward(model, texts):
-    """r(x, y), read at y's last token, which sees no pads: [(prompt, response ids)] -> (B,)."""
+    """r(x, y) of B texts (prompt ids, response ids): (B,), float32. It is read at y's last token,
+    which sees no padding. model: what load_reward returns; its forward is reward_forward."""
     ids = pad([prompt + response for prompt, response in texts], "right", model.device)  # (B, T)
     last = torch.tensor([len(x) + len(y) - 1 for x, y in texts], device=model.device)  # (B,)
     return model(ids, last)[:, 0]
@@ -463,8 +474,9 @@ def reward_loss(model, pairs, loss, penalty):
 
 
 def fit_reward(model, pairs, preferences, phase, args):
-    """Fit the reward model, in place, to pairs and preferences, both as self_play makes them.
-    A step's loss: the mean over some pairs + --preference-weight * the mean over some preferences."""
+    """Fit the reward model, in place, to pairs as self_play makes them, and to preferences: dicts
+    with prompt_ids, real_ids (chosen) and generated_ids (rejected). A step's loss: the mean over
+    some pairs + --preference-weight * the mean over some preferences."""
     steps, rng, unprinted = args.reward_steps, random.Random(f"{args.seed} {phase}"), []
     optimizer, schedule = make_optimizer(model, args.reward_lr, steps, args)
     loss_of = partial(reward_loss, loss=args.reward_loss, penalty=args.reward_penalty)
@@ -495,7 +507,8 @@ def rate(policy, reference, reward_model, prompts, responses, args):
 
 
 def advantages(objectives):
-    """(prompts, samples) -> the same: each minus the mean of its prompt's other samples. Unbiased."""
+    """(prompts, samples) -> the same: each minus the mean of its prompt's other samples. As that
+    baseline does not depend on the sample itself, the gradient stays unbiased."""
     others = (objectives.sum(1, keepdim=True) - objectives) / (objectives.shape[1] - 1)  # (P, S)
     return objectives - others
 
@@ -603,9 +616,10 @@ def save_merged(model, folder):
 
 # ---- 7. The methods -----------------------------------------------------------------------
 def self_play(policy, demos, folder, data, args):
-    """A round's pairs: every demonstration with a response of the policy, and log pi_t of both, such as
-    {"prompt": "2 + 2", "response": "4", "generated": "5", "prompt_ids": [7, 3, 7], "real_ids": [9, 1],
-    "generated_ids": [8, 1], "real_reference": -2.5, "generated_reference": -1.5}."""
+    """A round's pairs: every demonstration with a response of the policy, and log pi_t of both in
+    nats, such as {"prompt": "2 + 2", "response": "4", "generated": "5<eos>", "prompt_ids": [7, 3,
+    7], "real_ids": [9, 1], "generated_ids": [8, 1], "real_reference": -2.5, "generated_reference":
+    -1.5, "answer": None}. FOLDER.jsonl keeps them."""
     file, seed = folder.with_suffix(".jsonl"), f"{args.seed} {folder.name.replace('_', ' ')}"
     if file.exists():  # the run was interrupted while it trained on them
         return [json.loads(line) for line in file.read_text().splitlines()]
@@ -629,9 +643,10 @@ def self_play(policy, demos, folder, data, args):
 
 
 def predict_habit(pairs, scale, data, args):
-    """Print the share of responses with the habit: the model's, the demonstrators', and at the optimum
-    pi_t (p/pi_t)^(1/scale) / Z, whose odds are odds_t (odds/odds_t)^(1/scale). That is exact if p/pi_t
-    is the same for all responses with the habit, and for all without. scale None: no such optimum."""
+    """Print the share of responses with the habit: the model's, the demonstrators', and at the
+    optimum pi_t (p/pi_t)^(1/scale) / Z. That moves the log-odds by 1/scale times the difference
+    between the two, if p/pi_t is one number for all responses with the habit, and one for all
+    without. scale None: the loss has no such optimum."""
     own = habit_share([pair["generated_ids"] for pair in pairs], data, args)
     theirs = habit_share([pair["real_ids"] for pair in pairs], data, args)
     print(f"  {args.habit!r}, over all prompts: model {own:.1%}, demonstrators {theirs:.1%}", end="")
@@ -640,7 +655,7 @@ def predict_habit(pairs, scale, data, args):
         optimum = (start + (goal - start) / scale).sigmoid().item()
         print(f"; predicted {optimum:.1%} if these responses differ in nothing else")
     else:
-        print("; no prediction from this loss, --temperature, or shares of 0% or 100%")
+        print("; no prediction from these flags, or from shares of 0% or 100%")
 
 
 def irft_chunk(start, t, folder, data, args):
@@ -658,7 +673,8 @@ def rft_round(start, t, preferences, folder, data, args):
     policy, phase = load_policy(start, folder, args), folder.name.replace("_", " ")
     pairs = self_play(policy, data.demos, folder, data, args)
     if args.habit:
-        predict_habit(pairs, args.kl if args.reward_loss == "logistic" else None, data, args)
+        known = args.reward_loss == "logistic" and not preferences  # else r is not log p/pi
+        predict_habit(pairs, args.kl if known else None, data, args)
     reward_folder = folder.with_name(f"round_{t}_reward")
     if not reward_folder.exists():  # else a resumed run has it
         last = folder.with_name(f"round_{t - 1}_reward") if t > 1 else args.reward_model or args.model
@@ -668,7 +684,7 @@ def rft_round(start, t, preferences, folder, data, args):
             texts += [(pair["prompt_ids"], pair["generated_ids"]) for pair in pairs]
             before = score(reward_model, texts, args.micro_batch, reward)
             for pair, real, generated in zip(pairs, before, before[len(pairs) :]):
-                pair |= {"real_before": real, "generated_before": generated}
+                pair.update(real_before=real, generated_before=generated)
         fit_reward(reward_model, pairs, preferences, phase, args)
         reward_model.save_pretrained(reward_folder.with_suffix(".partial"))
         finish(reward_folder, tokenizer)
@@ -729,6 +745,12 @@ def main(args):
     args = take_folder(args, f"runs/irft-{args.method}")
     settings = f"{args.loss}, scale {args.scale}, chunks {parts}" if irft else f"kl {args.kl}, rounds {parts}"
     print(f"method  {args.method}, {settings}, results in {args.out}")
+    samples = f"{len(data.demos)} responses to sample"
+    if irft:
+        print(f"        {samples} in all, {parts} x {steps} steps")
+    else:
+        each = f"{args.policy_steps} policy steps of {args.policy_batch} x {args.group_size} more"
+        print(f"        {parts} x ({samples}, {args.reward_steps} reward steps, {each})")
     out, table = Path(args.out), {}
     if (out / "summary.json").exists():  # of a resumed run
         table = json.loads((out / "summary.json").read_text())
@@ -749,7 +771,8 @@ def main(args):
             else:
                 rft_round(start, t, preferences, folder, data, args)
             seconds = time.time() - began
-        evaluate(name, load_model(folder, args), seconds, table, data, args)
+        if name not in table:  # else a resumed run need not load the model
+            evaluate(name, load_model(folder, args), seconds, table, data, args)
         start = folder
     print_table(table, out)
     return table

@@ -189,7 +189,7 @@ def test_what_the_condition_of_the_prediction_means(pi, p, reached):
 
 # 0 % and 100 %, then shares that would do
 WITHOUT = {"--epochs 1": ((5, 5, 0, 0), (2, 2, 3, 3)), "--epochs 2": ((5, 2, 2, 1), (0, 0, 5, 5))}
-WITHOUT |= dict.fromkeys(["--loss hinge", "--temperature 0.7"], ((5, 2, 2, 1), (2, 2, 3, 3)))
+WITHOUT |= dict.fromkeys(["--loss hinge", "--temperature 0.7", "--shift 2"], ((5, 2, 2, 1), (2, 2, 3, 3)))
 
 
 @pytest.mark.parametrize("flags", WITHOUT)
