@@ -351,16 +351,18 @@ def choose(settings, make, seed, data, args):
 # ---- The arms
 def run_arm(name, seed, data, options, args):
     """Train and measure one arm; returns what its JSON holds."""
-    start = args.out / f"start-seed{seed}" / "sft"
+    start = end_of("start", None, seed, args)
     if name == "start":
-        train(start.parent, "gsil --loss sft --epochs 2 --lr 1e-4", "start", args.model, seed, args)
         return looked_at(start.parent, data) | measured(gsil.load_model(start, options), seed, data, args)
     if name in UNTRAINED:
+        continued = (
+            end_of("sft", setting_of("sft", seed, args), seed, args) if name == "extrapolated" else None
+        )
 
         def make(setting):
             if name == "tempered":
                 return gsil.load_model(start, options), setting
-            ends = (args.model, start) if name == "beyond-base" else (start, end_of("sft", seed, args))
+            ends = (args.model, start) if name == "beyond-base" else (start, continued)
             return mixed(*ends, setting, options), 1
 
         setting, dev = choose(UNTRAINED[name], make, seed, data, args)
@@ -372,14 +374,13 @@ def run_arm(name, seed, data, options, args):
         # Greedy responses and likelihoods are the start's.
         kept = {key: before[key] for key in ("greedy", "nll", "answer_tokens")}
         return result | {"sampled": asked(model, data.heldout, temperature, seed, data, args)} | kept
-    part, flags, settings = TRAINED[name]
+    settings = TRAINED[name][2]
     if isinstance(settings, str):  # on B: what was chosen on A
-        settings = [json.loads(file_of(settings, seed, args).read_text())["setting"]]
+        settings = [setting_of(settings, seed, args)]
     settings = (settings or PAIR_SETTINGS)[: args.settings]
 
     def make(setting):
-        folder = folder_of(name, setting, seed, args)
-        return gsil.load_model(train(folder, f"{flags} {setting}", part, start, seed, args), options), 1
+        return gsil.load_model(end_of(name, setting, seed, args), options), 1
 
     setting, dev = choose(settings, make, seed, data, args)
     model, _ = make(setting)
@@ -395,10 +396,19 @@ def folder_of(name, setting, seed, args):
     return args.out / f"{name}-seed{seed}{setting.replace(' --', '-').replace(' ', '-')}"
 
 
-def end_of(name, seed, args):
-    """The folder of the finished arm's weights."""
-    setting = json.loads(file_of(name, seed, args).read_text())["setting"]
-    return folder_of(name, setting, seed, args) / "sft"
+def setting_of(name, seed, args):
+    """The setting that a finished arm chose."""
+    return json.loads(file_of(name, seed, args).read_text())["setting"]
+
+
+def end_of(name, setting, seed, args):
+    """The folder of an arm's weights, which are trained anew where only the arm's JSON is there."""
+    if name == "start":
+        flags = "gsil --loss sft --epochs 2 --lr 1e-4"
+        return train(args.out / f"start-seed{seed}", flags, "start", args.model, seed, args)
+    part, flags, _ = TRAINED[name]
+    start = end_of("start", None, seed, args)
+    return train(folder_of(name, setting, seed, args), f"{flags} {setting}", part, start, seed, args)
 
 
 def study(args):
