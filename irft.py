@@ -66,7 +66,10 @@ TOY = Path(__file__).parent / "tests" / "toy"
 RESUMABLE = ("--device", "--micro-batch", "--baseline", "--rounds")  # these change nothing finished
 PRINTED = ("loss", "d_real", "d_generated", "margin", "told_apart", "reward", "kl", "objective", "length")
 RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))  # from torchrun
-bar = partial(tqdm, leave=False, disable=RANK > 0 or None)  # a progress bar, in a terminal only
+bar, say = partial(tqdm, leave=False, disable=RANK > 0), tqdm.write  # say: print above the bar
+if not sys.stderr.isatty():  # a log gets no bar but a line a minute
+    line = "  {desc}: {n_fmt} of {total_fmt}, {remaining} left\n"
+    bar, say = partial(bar, delay=60, mininterval=60, maxinterval=60, bar_format=line), print
 TAKEN = []  # the folder of this run, once it has one
 # bf16 matrix products over fp32 weights on CUDA, plain fp32 elsewhere
 autocast = partial(torch.autocast, "cuda", torch.bfloat16, enabled=torch.cuda.is_available())
@@ -140,9 +143,7 @@ def parse_args(argv=None):
     if args.resume:
         file = Path(args.resume) / "args.json"
         if not file.exists():
-            runs = ", ".join(str(run.parent) for run in Path(args.resume).glob("*/args.json"))
-            reason = f"name one of {runs}" if runs else "no such folder of a run"
-            parser.error(f"--resume {args.resume}: {reason}")
+            parser.error(f"--resume {args.resume}: that is not the folder of a run")
         saved = json.loads(file.read_text() or "{}") | {"resume": args.resume, "out": args.resume}
         if saved.keys() != vars(args).keys():
             parser.error(f"--resume {args.resume}: a run of another script or version")
@@ -214,13 +215,10 @@ def reshard(model):
 
 
 def die(sentence):
-    """Report a user's mistake in one sentence, and exit with code 2. Only the first process that
-    fails reports: the others fail with it, but have nothing to add."""
-    failures = 1
-    if WORLD > 1:  # torchrun's store exists from the start
-        address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        failures = dist.TCPStore(*address).add("failures", 1)
-    if failures == 1:
+    """Report a user's mistake in one sentence, and exit with code 2. Under torchrun, whose store counts
+    failures from the start, only the first process to fail reports: the others fail with it."""
+    store = WORLD > 1 and dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+    if not store or store.add("failures", 1) == 1:
         print(f"error: {sentence}", file=sys.stderr)
     sys.exit(2)
 
@@ -403,28 +401,20 @@ def train(model, rows, loss_of, epochs, folder, data, args, learned=()):
     is fixed."""
     steps = epochs * math.ceil(len(rows) / args.batch)
     optimizer, schedule = make_optimizer(model, args.lr, steps, args, learned)
-    phase, step, best, unprinted = folder.name.replace("_", " "), 0, -1.0, []
+    phase, step, right, best, unprinted = folder.name.replace("_", " "), 0, 0.0, -1.0, []
     for epoch in range(1, epochs + 1):
-        order, d_real = random.Random(f"{args.seed} {phase} {epoch}").sample(rows, len(rows)), []
+        order = random.Random(f"{args.seed} {phase} {epoch}").sample(rows, len(rows))
         for start in bar(range(0, len(order), args.batch), f"epoch {epoch}"):
             metrics = update(model, optimizer, order[start : start + args.batch], loss_of, args)
             metrics["lr"] = schedule.get_last_lr()[0]
             schedule.step()
             step += 1
             log_step(phase, step, steps, metrics, unprinted, args)  # prints and empties unprinted
-            d_real.append(metrics.get("d_real", 0.0))
-            if step == 1 and max(abs(metrics.get(d, 0)) for d in ("d_real", "d_generated")) > 1:
-                die("policy and reference differ before the first step, but should be one model")
-        if fmean(d_real) < -50:
-            print("warning: demonstrations became e^50 times less likely: try a lower --lr")
         if data.dev:
             right, _ = accuracy(model, data.dev, 0, data, args)  # a share, by greedy responses
-            keep = right > best  # of equal epochs the first, which had less time to overfit
-            best = max(best, right)
-            print(f"  epoch {epoch}: {right:.1%} of dev right{', kept' if keep else ''}")
-        else:
-            keep = epoch == epochs
-        if keep:
+            print(f"  epoch {epoch}: {right:.1%} of dev right{', kept' if right > best else ''}")
+        if right > best if data.dev else epoch == epochs:
+            best = right  # of equal epochs the first is kept, which had less time to overfit
             model.save_pretrained(folder.with_suffix(".partial"))
     finish(folder, data.tokenizer)  # renames FOLDER.partial to FOLDER
 
@@ -629,13 +619,11 @@ def self_play(policy, demos, folder, data, args):
     responses = sample(policy, prompts, *options)
     texts = [(demo["prompt_ids"], demo["real_ids"]) for demo in demos] + [*zip(prompts, responses)]
     logps = score(policy, texts, args.micro_batch)
-    real_logps, generated_logps = logps[: len(demos)], logps[len(demos) :]
     pairs = []
-    for demo, ids, real_logp, generated_logp in zip(demos, responses, real_logps, generated_logps):
+    for demo, ids, real_logp, generated_logp in zip(demos, responses, logps, logps[len(demos) :]):
+        pair = demo | {"generated": data.tokenizer.decode(ids), "generated_ids": ids}
         # These two numbers are all we need of pi_t, so no reference model stays in memory.
-        references = {"real_reference": real_logp, "generated_reference": generated_logp}
-        generated = {"generated": data.tokenizer.decode(ids), "generated_ids": ids}
-        pairs.append(demo | generated | references)
+        pairs.append(pair | {"real_reference": real_logp, "generated_reference": generated_logp})
     write(file, "".join(json.dumps(pair) + "\n" for pair in pairs))
     equal = fmean(pair["real_ids"] == pair["generated_ids"] for pair in pairs)
     print(f"  {equal:.1%} of the responses equal their demonstration")
@@ -755,7 +743,8 @@ def main(args):
     if (out / "summary.json").exists():  # of a resumed run
         table = json.loads((out / "summary.json").read_text())
 
-    evaluate("base", policy, None, table, data, args)
+    if not table:
+        evaluate("base", policy, None, table, data, args)  # adds a row to table
     del policy  # every stage loads the model that it starts from
     stages = [f"round_{t}" for t in range(1, parts + 1)]
     stages += ["sft"] if parts and args.baseline == "sft" else []
@@ -1100,9 +1089,7 @@ TABLE |= {"length": ".1f", "ended": ".0%", "seconds": ".0f"}
 
 
 def evaluate(name, policy, seconds, table, data, args):
-    """Add a row to the table, unless a resumed run already has it, and save the table."""
-    if name in table:
-        return
+    """Add a row to the table, and save the table."""
     row = {"dev": accuracy(policy, data.dev, 0, data, args)[0] if data.dev else None, "seconds": seconds}
     row["greedy"], greedy = accuracy(policy, data.heldout, 0, data, args)
     row["sampled"], sampled = accuracy(policy, data.heldout, 1, data, args)
@@ -1180,23 +1167,23 @@ def try_model(model, demos):
     """Refuse a model for which padding, the cache or other rows of a batch change what it predicts by
     more than 1e-3 nats: `sample` and `response_logps` would be about something else than the model."""
     ids = (8 * (demos[0]["prompt_ids"] + demos[0]["real_ids"]))[:8]
-    texts, to_batch = [ids, ids[3:]], partial(pad, device=model.device)
+    texts, cache, to_batch = [ids, ids[3:]], None, partial(pad, device=model.device)
     try:
         alone = [model(input_ids=to_batch([text], "right")).logits[0].log_softmax(-1) for text in texts]
         padded = model(input_ids=to_batch(texts, "right"), use_cache=False).logits.log_softmax(-1)
-        gaps = [padded[row, : len(alone[row])] - alone[row] for row in (0, 1)]
-        new, cache = to_batch([text[:-2] for text in texts], "left"), None
-        mask = to_batch([[1] * (len(text) - 2) for text in texts], "left")
-        for left in (3, 2, 1):  # at this place from the end: after the prompt, then two steps
+        gaps = [row[: len(logps)] - logps for row, logps in zip(padded, alone)]
+        for left in (2, 1, 0):  # tokens to come: the prompts, then two steps, with the rows exchanged
+            so_far = [text[: len(text) - left] for text in texts]
+            mask = to_batch([[1] * len(row) for row in so_far], "left")
+            new = to_batch(so_far if cache is None else [row[-1:] for row in so_far], "left")
             logits, cache = next_token_logits(model, new, mask, cache)
-            gaps += [logits[row].log_softmax(-1) - alone[row][-left] for row in (0, 1)]
+            gaps += [row.log_softmax(-1) - logps[-1 - left] for row, logps in zip(logits, alone)]
             cache.reorder_cache(torch.tensor([1, 0], device=model.device))
-            texts, alone, mask = texts[::-1], alone[::-1], F.pad(mask.flip(0), (0, 1), value=1)
-            new = to_batch([[text[1 - left]] for text in texts], "left")
+            texts, alone = texts[::-1], alone[::-1]
+        gap = torch.stack([gap.abs().max() for gap in gaps]).max().item()  # nan if one is
     except Exception as error:  # noqa: BLE001 (whatever a model does not take)
         die(f"cannot sample from {model.config.model_type}: {' '.join(str(error).split()):.300}")
     reshard(model)
-    gap = torch.stack([gap.abs().max() for gap in gaps]).max().item()  # nan if one is
     if not gap < 1e-3:
         die(f"cannot use {model.config.model_type}: padding or cache move log-probabilities by {gap:.2g}")
 
@@ -1242,18 +1229,13 @@ def finish(folder, tokenizer):
 
 def take_folder(args, default):
     """The flags with --out, which from now on is this run's; by default the first free `default`-N."""
-    out, n = args.out, 1
-    while RANK == 0 and not args.resume:
-        out = args.out or f"{default}-{n}"
-        try:
-            Path(out).mkdir(parents=True, exist_ok=args.out is not None)
-            Path(out, "args.json").touch(exist_ok=False)  # of two runs at a time one fails here
-            break
-        except FileExistsError:
-            if args.out:
-                die(f"--out {args.out} was taken by another run")
-            n += 1
-    args = argparse.Namespace(**vars(args) | {"out": gather(out)[0]})
+    n = 1
+    while Path(f"{default}-{n}").exists():
+        n += 1
+    args = argparse.Namespace(**vars(args) | {"out": gather(args.out or f"{default}-{n}")[0]})
+    if RANK == 0 and not args.resume:
+        Path(args.out).mkdir(parents=True, exist_ok=True)
+        Path(args.out, "args.json").touch(exist_ok=False)  # of two runs at a time one fails here
     TAKEN.append(args.out)
     write(Path(args.out) / "args.json", json.dumps(vars(args), indent=2))
     return args
@@ -1268,7 +1250,7 @@ def log_step(phase, step, steps, metrics, unprinted, args):
     if step in (1, steps) or step % math.ceil(steps / 8) == 0:
         names = [name for name in PRINTED if name in metrics]
         means = [f"  {name} {fmean(one[name] for one in unprinted):6.3f}" for name in names]
-        tqdm.write(f"  {step:4}/{steps}" + "".join(means))
+        say(f"  {step:4}/{steps}" + "".join(means))
         unprinted.clear()
 
 

@@ -76,11 +76,9 @@ def test_sft_is_one_baseline_however_it_is_asked_for(inputs, data, tmp_path, cap
     """--loss sft with fewer epochs, or without the choice on dev, would be a weaker baseline than the table's."""
     common = inputs + f"--heldout {data} --epochs 1 --batch 4 --rounds 2 --scale 1 --lr 1e-3"
     run(f"{common} --dev {data} --loss sft --out {tmp_path}/a")
-    assert "6 epochs" not in capsys.readouterr().out  # no method is compared
     run(f"{common} --dev {data} --baseline sft --out {tmp_path}/b")
-    # Three times as many, as samples and two sides take two thirds of the method's work.
-    assert re.search("6 epochs.*logistic.* 2\\b", capsys.readouterr().out)
     asked, beside = logged(tmp_path / "a", "sft"), logged(tmp_path / "b", "sft")
+    # Three times as many epochs with --dev, as samples and two sides take two thirds of the work.
     assert asked == beside and len(asked) == 12 and "sft" in table(tmp_path / "a")
     assert weights(tmp_path / "a/sft") == weights(tmp_path / "b/sft")
     run(f"{common} --loss sft --out {tmp_path}/c")

@@ -29,8 +29,8 @@ HERE = Path(__file__).resolve().parent
 HASTY = {"base": {2: 0.5, 3: 0.7, 4: 0.9}, "demo": {2: 0.1, 3: 0.35, 4: 0.6}, "never": {2: 0, 3: 0, 4: 0}}
 SIZES = {"demos": 2048, "dev": 500, "heldout": 500, "base": 20000, "preferences": 256}
 LARGEST = 30  # all values are 0..30
-NAMES = "Ava Ben Cleo Dan Eve Finn Gus Hana Ivy Jon Kim Leo Mia Ned Ola Pia".split()
-ITEMS = "apples books coins cards eggs hats keys nuts pens shells stamps toys".split()
+NAMES = ["Ava", "Ben", "Cleo", "Dan", "Eve", "Finn", "Gus", "Hana", "Ivy", "Jon", "Kim", "Leo", "Mia", "Ned", "Ola", "Pia"]
+ITEMS = ["apples", "books", "coins", "cards", "eggs", "hats", "keys", "nuts", "pens", "shells", "stamps", "toys"]
 SPECIAL = ["<pad>", "<eos>", "<user>", "<assistant>", "<unk>"]
 CHAT_TEMPLATE = (
     "{% for m in messages %}"
@@ -89,7 +89,7 @@ def make_rows(seed, perfect=False):
 
 def make_tokenizer():
     """Word-level: one token per word, number or sign; spaces are nothing. Carries a chat template."""
-    words = "has buys more gives away the number grows times how many does have ? . + - * = ####".split()
+    words = ["has", "buys", "more", "gives", "away", "the", "number", "grows", "times", "how", "many", "does", "have", "?", ".", "+", "-", "*", "=", "####"]
     vocabulary = SPECIAL + [str(n) for n in range(LARGEST + 1)] + sorted([*NAMES, *ITEMS, *words])
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
