@@ -695,9 +695,8 @@ def rft_round(start, t, preferences, folder, data, args):
 def train_sft(folder, data, args):
     """The baseline: supervised fine-tuning on the demonstrations."""
     epochs = args.epochs * (3 if data.dev else 1)
-    ours = f"{args.reward_steps} reward steps and {args.policy_steps} policy steps a round"
-    ours = ours if args.method == "rft" else f"{args.epochs} epochs, which see two responses and sample one"
-    print(f"  {epochs} epochs beside {ours}; {'--dev chooses one' if data.dev else 'there is no --dev'}")
+    if not data.dev:
+        print(f"  {epochs} epochs, less work than {args.method}'s, as there is no --dev to choose one")
     loss_of = partial(sft_loss, mean_length=fmean(len(demo["real_ids"]) for demo in data.demos))
     train(load_policy(args.model, folder, args), data.demos, loss_of, epochs, folder, data, args)
 
@@ -721,7 +720,8 @@ def main(args):
     data = read_data(args)  # before the weights, so that mistakes show at once
     if irft and parts > len(data.demos):
         die(f"--chunks {parts}: there are only {len(data.demos)} demonstrations")
-    steps = args.epochs * math.ceil(len(data.demos) // (parts if irft else 1) / args.batch)
+    n = len(data.demos) // (parts if irft else 1)  # demonstrations of a chunk or a round
+    steps = args.epochs * math.ceil(n / args.batch)
     if args.warmup >= (steps if irft else min(args.reward_steps, args.policy_steps)):
         die(f"--warmup {args.warmup}: a stage has no more steps, so its peak would not be reached")
     preferences = [] if irft else read_preferences(data, args)
@@ -731,14 +731,15 @@ def main(args):
     if args.lora_rank:  # it changes nothing yet, but refuses a model that has no layers for it
         add_lora(policy, args.lora_rank, "base")
     args = take_folder(args, f"runs/irft-{args.method}")
-    settings = f"{args.loss}, scale {args.scale}, chunks {parts}" if irft else f"kl {args.kl}, rounds {parts}"
+    settings, each = f"{args.loss}, scale {args.scale}", f"{steps} steps"
+    if not irft:
+        settings, each = (
+            f"kl {args.kl}",
+            f"{args.reward_steps} reward steps, {args.policy_steps} policy steps",
+        )
+        each += f" of {args.policy_batch} x {args.group_size} more"
     print(f"method  {args.method}, {settings}, results in {args.out}")
-    samples = f"{len(data.demos)} responses to sample"
-    if irft:
-        print(f"        {samples} in all, {parts} x {steps} steps")
-    else:
-        each = f"{args.policy_steps} policy steps of {args.policy_batch} x {args.group_size} more"
-        print(f"        {parts} x ({samples}, {args.reward_steps} reward steps, {each})")
+    print(f"        {parts} x ({n} responses to sample, {each})")
     out, table = Path(args.out), {}
     if (out / "summary.json").exists():  # of a resumed run
         table = json.loads((out / "summary.json").read_text())

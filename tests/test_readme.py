@@ -48,6 +48,8 @@ def test_what_is_named_exists():
     assert [flag for flag in flags if f'"{flag}"' not in "".join(sources.values())] == []
     for script, name in functions:
         assert re.search(rf"^(def {name}\(|{name} = )", sources[script], re.MULTILINE), (script, name)
+    for line in re.findall(r"^ +- (.*)$", README, re.MULTILINE):  # of a diff
+        assert f" {line}\n" in sources["gsil.py"] + sources["irft.py"], line
     titles = re.findall(r"^#+ (.*)$", README + RESULTS, re.MULTILINE)
     anchors = ["", *(re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles)]
     for page, text in PAGES.items():
