@@ -60,7 +60,8 @@ RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE",
 bar, say = partial(tqdm, leave=False, disable=RANK > 0), tqdm.write  # say: print above the bar
 if not sys.stderr.isatty():  # a log gets no bar but a line a minute
     line = "  {desc}: {n_fmt} of {total_fmt}, {remaining} left\n"
-    bar, say = partial(bar, delay=60, mininterval=60, maxinterval=60, bar_format=line), print
+    bar = partial(tqdm, delay=60, mininterval=60, maxinterval=60, bar_format=line, disable=RANK > 0)
+    say = print
 TAKEN = []  # the folder of this run, once it has one
 # bf16 matrix products over fp32 weights on CUDA, plain fp32 elsewhere
 autocast = partial(torch.autocast, "cuda", torch.bfloat16, enabled=torch.cuda.is_available())
@@ -215,7 +216,8 @@ def sample(model, prompts, eos_ids, max_new_tokens, temperature, batch_size, see
         model(input_ids=pad(prompts[:1], "left", model.device))
     responses = [[] for _ in prompts]
     parts = batches([len(x) for x in prompts], min(batch_size, math.ceil(len(prompts) / WORLD)))
-    for n in bar(range(RANK, len(parts), WORLD), "sampling"):
+    progress = bar(total=sum(map(len, parts[RANK::WORLD])), desc="sampling")
+    for n in range(RANK, len(parts), WORLD):
         rows = parts[n]  # indices of prompts
         stream = random.Random(f"{seed} {n}").getrandbits(60)
         generator = torch.Generator(model.device).manual_seed(stream)
@@ -235,6 +237,7 @@ def sample(model, prompts, eos_ids, max_new_tokens, temperature, batch_size, see
                 for i, token in zip(rows, tokens.tolist()):
                     responses[i].append(token)
                 alive = [k for k, i in enumerate(rows) if responses[i][-1] not in eos_ids]
+                progress.update(len(rows) - len(alive))
                 if not alive:
                     break
                 if len(alive) < len(rows):  # finished rows leave the batch
@@ -244,6 +247,8 @@ def sample(model, prompts, eos_ids, max_new_tokens, temperature, batch_size, see
                     tokens, mask = tokens[keep], mask[keep]
                 ids = tokens[:, None]  # (B, 1): everything before is in the cache
                 mask = F.pad(mask, (0, 1), value=1)
+        progress.update(len(alive))  # they reached max_new_tokens
+    progress.close()
     reshard(model)
     shares = gather(responses)  # in each share only the responses of that process are filled
     return [max(copies, key=len) for copies in zip(*shares)]
@@ -506,17 +511,18 @@ def main(args):
     try_model(policy, data.demos)  # refuses a model whose padding or cache change what it predicts
     print(f"model   {args.model}: {policy.num_parameters():,} parameters, {WORLD} x {policy.device}")
     args = take_folder(args, f"runs/gsil-{args.loss}")  # with the folder in args.out
-    if args.loss == "sft":
-        print(f"method  sft, results in {args.out}")
-    else:
-        shift = "learned" if args.shift is None else args.shift
-        print(f"method  {args.loss}, scale {args.scale}, shift {shift}, results in {args.out}")
+    shift = "learned" if args.shift is None else args.shift
+    settings = "" if args.loss == "sft" else f", scale {args.scale}, shift {shift}"
+    print(f"method  {args.loss}{settings}, results in {args.out}")
+    if args.loss != "sft":
         print(f"        {args.rounds} x ({len(data.demos)} responses to sample, {steps} steps)")
-    out, table = Path(args.out), {}
-    if (out / "summary.json").exists():  # of a resumed run
-        table = json.loads((out / "summary.json").read_text())
+    out = Path(args.out)
+    saved = out / "summary.json"  # of a resumed run
+    table = json.loads(saved.read_text()) if saved.exists() else {}
 
     if not table:
+        if args.habit:  # what the models move towards
+            table["demos"] = {"habit": habit_share([demo["real_ids"] for demo in data.demos], data, args)}
         evaluate("base", policy, None, table, data, args)  # adds a row to table
     del policy  # every stage loads the model that it starts from
     stages = [f"round_{t}" for t in range(1, args.rounds + 1)] if args.loss != "sft" else []
@@ -861,7 +867,7 @@ def print_table(table, out):
     for name, row in table.items():
         cells = ["-" if row.get(key) is None else format(row[key], TABLE[key]) for key in columns]
         print(f"{name:11}" + "".join(f"{cell:>9}" for cell in cells))
-    if len(table) > 1:
+    if {*table} - {"demos", "base"}:
         rounds = [name for name in table if name.startswith("round")] or ["sft"]
         best = max(reversed(rounds), key=lambda name: table[name]["dev"] or 0)
         print(f"\nto load {best}: AutoModelForCausalLM.from_pretrained('{out / best.replace(' ', '_')}')")

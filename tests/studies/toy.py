@@ -265,7 +265,8 @@ def run(name, seed, args):
             data = module.read_data(flags)
             found = {"command": command(name, seed, args, shown=True), "stages": {}}
             for stage, printed in table.items():
-                if stage == "base" and not name.endswith("gsil"):  # it is the same in every run
+                # The base is the same in every run; demos are no model.
+                if stage == "demos" or (stage == "base" and not name.endswith("gsil")):
                     continue
                 place = flags.model if stage == "base" else folder / stage.replace(" ", "_")
                 row = look(gsil.load_model(place, flags), data, flags)
