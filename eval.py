@@ -836,12 +836,13 @@ def load_reward_model(args):
     template = {"beaver": BEAVER}.get(args.reward_template, args.reward_template)
     config, tokenizer, eos_ids = load_tokenizer(args.reward_model, args, template)
     options = {"num_labels": 1, "key_mapping": {"^score_head": "score"}}
-    model = load_model(transformers.AutoModelForSequenceClassification, args.reward_model, args, **options)
-    return LM(args.reward_model, tokenizer, config, eos_ids, find_window(config, tokenizer), {}, model)
+    kind, path = transformers.AutoModelForSequenceClassification, args.reward_model
+    model, window = load_model(kind, path, args, **options), find_window(config, tokenizer)
+    return LM(path, tokenizer, config, eos_ids, window, {}, model)
 
 
 def load_tokenizer(path, args, template=None):
-    """As gsil.load_tokenizer, with an EOS token and, if a task needs it, a chat template to use by default."""
+    """As gsil.load_tokenizer; if a task needs it, there is a chat template to use by default."""
     config, tokenizer, eos_ids = gsil.load_tokenizer(path)
     if tokenizer.eos_token is None:
         die(f"{path}: its tokenizer has no EOS token, so no response could end")

@@ -564,8 +564,8 @@ COLUMNS += " instruction+output real messages conversations"
 ROLES = {"user": "user", "human": "user", "prompter": "user", "system": "system"}
 ROLES |= dict.fromkeys(["assistant", "gpt", "bot", "model", "chatbot"], "assistant")
 EMPTY = (None, "", [], "[]")  # values of a column or key that is not filled
-# A row is none to imitate if the "name\nvalue" of another column, or of another key of the response's
-# turn, matches this: more than text by its name or by its value, not marked as good, or marked as bad.
+# A row is none to imitate if "name\nvalue" of another column, or of a key of the response's turn,
+# matches one of these: more than text by its name, by its value, not marked as good, marked as bad.
 NOT_TO_IMITATE = r"""(?x)
     .*(image|picture|photo|pixel|video|audio|speech|tool|function|think|thought|reason|rationale)
     | .*\n(data:\w+/|b['"]|<pil|[\s\S]*'bytes':\ b|\S+\.(png|jpe?g|gif|web[pm]|mp[34]|mov|avi|wav|flac)\W*\Z)
@@ -608,8 +608,8 @@ def read_rows(path, split):
 
 
 def to_turns(turns, role):
-    """A text, or turns with role and content or from and value -> [{"role", "content", "rest"}]. The rest is
-    what else a turn has, {key: value}. Raises as to_messages does."""
+    """A text, or turns with role and content or from and value -> [{"role", "content", "rest"}].
+    The rest is what else a turn has, {key: value}. Raises as to_messages does."""
     messages = []
     for turn in turns if isinstance(turns, list) else [{"role": role, "content": turns}]:
         rest = {key: turn[key] for key in turn if turn[key] not in EMPTY} if isinstance(turn, dict) else {}
@@ -618,12 +618,12 @@ def to_turns(turns, role):
         parts = content if isinstance(content, list) else [None]
         if all(isinstance(part, dict) and part.get("type") == "text" for part in parts):
             content = "".join(str(part.get("text") or "") for part in parts)
-        # Numbers may be ids or weights. Another text is a thought or a channel, a list a call or a picture.
+        # Numbers may be ids or weights. Another text may be a thought, a list a call or a picture.
         more = [key for key in rest if key != "name" and not isinstance(rest[key], (int, float))]
         if role and (more or role not in ROLES or isinstance(content, list) or "<image>" in str(content)):
             raise NoDemonstration(f"a turn has more than a usual role and a text: {turn!r:.80}")
         if not role or not isinstance(content, str) or (role != "system" and not content.strip()):
-            raise ValueError(f"a turn is empty, or has no role as before '\\n\\nHuman:': {turn!r:.80}")
+            raise ValueError(f"a turn is empty or, as before a transcript, has no role: {turn!r:.80}")
         content.encode()  # half an emoji raises a ValueError
         messages.append({"role": ROLES[role], "content": content, "rest": rest})
     return messages
@@ -656,7 +656,7 @@ def to_messages(row):
     last = max((n for n, turn in enumerate(messages) if turn["role"] == "assistant"), default=0)
     for name, value in (rest | messages[last]["rest"]).items():
         if re.match(NOT_TO_IMITATE, f"{name}\n{str(value).strip()}".lower()):
-            raise NoDemonstration(f"{name!r} is {value!r:.40}: more than a response, or one marked as bad")
+            raise NoDemonstration(f"{name!r} is {value!r:.40}: more than a text, or a mark of a bad one")
     if last == 0:
         raise ValueError(f"{after!r} has no prompt with a response")
     messages = [{"role": turn["role"], "content": turn["content"]} for turn in messages[: last + 1]]
@@ -708,23 +708,22 @@ def read_demos(path, split, encode_row):
         except (ValueError, TemplateError) as error:
             reasons = left_out if isinstance(error, NoDemonstration) else broken
             reasons.append(f"{place}: {error}")
-    unusable, n, report = broken + left_out, len(demos) + len(broken) + len(left_out), f"{path}: no rows"
-    if unusable:
-        report = f"{len(unusable)} of {n} rows are left out, such as {unusable[0]}"
+    n, examples = len(demos) + len(broken) + len(left_out), broken + left_out + ["none"]
+    report = f"{n - len(demos)} of {n} rows are left out, such as {examples[0]}"
     if not demos or len(broken) > n / 10:
-        die(report)
-    if unusable:
+        die(report if n else f"{path}: no rows")
+    if n > len(demos):
         print(f"warning: {report}")
     others = ", ".join(sorted(columns - used)) or "none"
     print(f"data    {path}: columns {', '.join(sorted(used))}; not used: {others}")
     if changed:
-        print(f"warning: the tokenizer changes the text of {changed} of {n} rows, as to case or blanks")
+        print(f"warning: the tokenizer changes the text of {changed} of {n} rows, such as its case")
     return demos
 
 
 def load_tokenizer(path, prompt_template=None):
-    """A model's config, its tokenizer with the chat template that --prompt-template becomes, and the ids that
-    end a response: the EOS ids of tokenizer, config and generation config."""
+    """A model's config, its tokenizer with the chat template that --prompt-template becomes, and the
+    ids that end a response: the EOS ids of tokenizer, config and generation config."""
     config = load(transformers.AutoConfig, path, "config")
     tokenizer = load(transformers.AutoTokenizer, path, "tokenizer")
     sources = [tokenizer, config, config.get_text_config()]
@@ -736,10 +735,9 @@ def load_tokenizer(path, prompt_template=None):
         text = prompt_template.replace("\\n", "\n").replace("\\t", "\t")
         if tokenizer.bos_token and tokenizer("a").input_ids[0] == tokenizer.bos_token_id:
             text = tokenizer.bos_token + text.removeprefix(tokenizer.bos_token)
-        before, after = (json.dumps(part, ensure_ascii=False) for part in text.split("{prompt}"))
-        # Other than one question and its answer becomes an empty text, which `encode` refuses.
-        prompt = "{% if messages[0].role == 'user' and not messages[2:] %}{{ "
-        prompt += before + " ~ messages[0].content ~ " + after + " }}"
+        text = json.dumps(text, ensure_ascii=False).replace("{prompt}", '" ~ messages[0].content ~ "')
+        # All but one question and its answer become an empty text, which `encode` refuses.
+        prompt = "{% if messages[0].role == 'user' and not messages[2:] %}{{ " + text + " }}"
         tokenizer.chat_template = prompt + "{{ messages[1].content if messages[1:] }}{% endif %}"
     return config, tokenizer, eos_ids
 
