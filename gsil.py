@@ -571,8 +571,7 @@ NOT_TO_IMITATE = r"""(?x)
     | .*\n(data:\w+/|b['"]|<pil|[\s\S]*'bytes':\ b|\S+\.(png|jpe?g|gif|web[pm]|mp[34]|mov|avi|wav|flac)\W*\Z)
     | (is_|was_)?(label|desir\w*|accept\w*|approv\w*|good|correct|valid|keep|train|weight|pass\w*)
       \n(false|no|0|0?\.0+|-.+|bad|neg\w*|reject\w*|undesir\w*|wrong|incorrect|fail\w*|dislike\w*)\Z
-    | (is_|was_)?(reject\w*|bad|wrong|incorrect|invalid|undesir\w*|toxic|harmful|flagged|spam)
-      \n(true|yes|1)\Z"""
+    | (is_|was_)?(reject\w*|bad|wrong|incorrect|invalid|undesir\w*|toxic|harmful|flagged|spam)\n(true|yes|1)\Z"""
 
 Data = namedtuple("Data", "tokenizer eos_ids max_new_tokens room demos dev heldout")
 
@@ -584,17 +583,16 @@ class NoDemonstration(ValueError):
 def read_rows(path, split):
     """Yield (place, row) for every row of a file or a dataset: ("x.jsonl row 1", {column: value}).
     A dataset is a Hub name or a folder; NAME:CONFIGURATION if it has several configurations."""
-    suffix = Path(path).suffix
     try:
-        if suffix in (".jsonl", ".json"):
+        if path.endswith((".jsonl", ".json")):
             text = Path(path).read_text("utf-8-sig").strip()
             lines = [line for line in text.split("\n") if line.strip()]  # a text may hold U+2028
             rows = json.loads(text if text.startswith("[") else "[" + ",\n".join(lines) + "]")
-        elif suffix == ".csv":  # not pandas, which would turn NA into a missing value and 007 into 7
+        elif path.endswith(".csv"):  # not pandas, which would turn NA into a missing value and 007 into 7
             csv.field_size_limit(2**31 - 1)  # characters in a cell; the default is 131,072
             with open(path, encoding="utf-8-sig", newline="") as file:
                 rows = list(csv.DictReader(file, strict=True))
-        elif suffix == ".parquet" or Path(path).is_file():
+        elif path.endswith(".parquet") or Path(path).is_file():
             rows = pyarrow.parquet.read_table(path).to_pylist()
         else:
             import datasets  # slow to import
