@@ -419,7 +419,7 @@ def rewards(rm, problems, responses=None):
                 demo = gsil.encode(turns, rm.tokenizer, rm.eos_ids)
                 ids = demo["prompt_ids"] + demo["real_ids"]
                 check(len(ids) <= rm.window, "it does not fit the window")
-            except (TemplateError, ValueError):  # an empty one is EOS alone, as after the data's response
+            except (TemplateError, UserWarning, ValueError):  # an empty one is EOS alone, as after the data's
                 ids = problem["demo"]["prompt_ids"] + problem["demo"]["real_ids"][-1:]
                 unreadable += text != ""
         logits = rm.model(torch.tensor([begin + ids], device=rm.model.device)).logits
@@ -737,7 +737,7 @@ def read_split(name, split, lms, args):
             try:
                 filled = {"subject": file.parent.name} | {k: v for k, v in row.items() if v is not None}
                 problems.append({"row": row, "subject": name, "groups": [name]} | read(filled))
-            except (AttributeError, IndexError, KeyError, TemplateError, TypeError, ValueError) as error:
+            except (AttributeError, LookupError, TemplateError, TypeError, UserWarning, ValueError) as error:
                 die(f"{place}: {error}{' is missing' * isinstance(error, KeyError)}; found {row!r:.400}")
     return problems
 

@@ -576,10 +576,6 @@ NOT_TO_IMITATE = r"""(?x)
 Data = namedtuple("Data", "tokenizer eos_ids max_new_tokens room demos dev heldout")
 
 
-class NoDemonstration(ValueError):
-    """Why a well-formed row is not used. A row that is broken raises another ValueError."""
-
-
 def read_rows(path, split):
     """Yield (place, row) for every row of a file or a dataset: ("x.jsonl row 1", {column: value}).
     A dataset is a Hub name or a folder; NAME:CONFIGURATION if it has several configurations."""
@@ -619,7 +615,7 @@ def to_turns(turns, role):
         # Numbers may be ids or weights. Another text may be a thought, a list a call or a picture.
         more = [key for key in rest if key != "name" and not isinstance(rest[key], (int, float))]
         if role and (more or role not in ROLES or isinstance(content, list) or "<image>" in str(content)):
-            raise NoDemonstration(f"a turn has more than a usual role and a text: {turn!r:.80}")
+            raise UserWarning(f"a turn has more than a usual role and a text: {turn!r:.80}")
         if not role or not isinstance(content, str) or (role != "system" and not content.strip()):
             raise ValueError(f"a turn is empty or, as before a transcript, has no role: {turn!r:.80}")
         content.encode()  # half an emoji raises a ValueError
@@ -629,7 +625,7 @@ def to_turns(turns, role):
 
 def to_messages(row):
     """A row -> [{"role", "content"}], the last one by the assistant, and the names of the used columns.
-    Raises NoDemonstration or another ValueError with the reason if that is not possible."""
+    Raises UserWarning if a row is none to imitate, ValueError if it is broken, with the reason."""
     rest = {name: row[name] for name in row if row[name] not in EMPTY} if isinstance(row, dict) else {}
     columns = {*rest}
     found = [names for names in COLUMNS.split() if {*names.split("+")} <= columns]
@@ -654,7 +650,7 @@ def to_messages(row):
     last = max((n for n, turn in enumerate(messages) if turn["role"] == "assistant"), default=0)
     for name, value in (rest | messages[last]["rest"]).items():
         if re.match(NOT_TO_IMITATE, f"{name}\n{str(value).strip()}".lower()):
-            raise NoDemonstration(f"{name!r} is {value!r:.40}: more than a text, or a mark of a bad one")
+            raise UserWarning(f"{name!r} is {value!r:.40}: more than a text, or a mark of a bad one")
     if last == 0:
         raise ValueError(f"{after!r} has no prompt with a response")
     messages = [{"role": turn["role"], "content": turn["content"]} for turn in messages[: last + 1]]
@@ -684,7 +680,7 @@ def encode(row, tokenizer, eos_ids, room=math.inf):
     if tokenizer.unk_token_id in {*ids} - eos_ids:
         raise ValueError("the tokenizer does not know some of its words")
     if len(prompt_ids) > room:
-        raise NoDemonstration(f"the prompt has {len(prompt_ids)} tokens, but there is room for {room}")
+        raise UserWarning(f"the prompt has {len(prompt_ids)} tokens, but there is room for {room}")
     changed = tokenizer.decode(ids, clean_up_tokenization_spaces=False).strip() != text.strip()
     real_ids = ids[len(prompt_ids) :] + [tokenizer.eos_token_id]
     end = next(i for i, token in enumerate(real_ids) if token in eos_ids)  # a template may go on
@@ -703,8 +699,8 @@ def read_demos(path, split, encode_row):
             used |= demos[-1].pop("columns")
             changed += demos[-1].pop("changed")
             columns |= {*row}
-        except (ValueError, TemplateError) as error:
-            reasons = left_out if isinstance(error, NoDemonstration) else broken
+        except (UserWarning, ValueError, TemplateError) as error:
+            reasons = left_out if isinstance(error, UserWarning) else broken
             reasons.append(f"{place}: {error}")
     n, examples = len(demos) + len(broken) + len(left_out), broken + left_out + ["none"]
     report = f"{n - len(demos)} of {n} rows are left out, such as {examples[0]}"
