@@ -419,7 +419,7 @@ def rewards(rm, problems, responses=None):
                 demo = gsil.encode(turns, rm.tokenizer, rm.eos_ids)
                 ids = demo["prompt_ids"] + demo["real_ids"]
                 check(len(ids) <= rm.window, "it does not fit the window")
-            except (TemplateError, ValueError):  # an empty one is EOS alone, as after the data's response
+            except (TemplateError, UserWarning, ValueError):  # an empty one is EOS alone, as after the data's
                 ids = problem["demo"]["prompt_ids"] + problem["demo"]["real_ids"][-1:]
                 unreadable += text != ""
         logits = rm.model(torch.tensor([begin + ids], device=rm.model.device)).logits
@@ -737,7 +737,7 @@ def read_split(name, split, lms, args):
             try:
                 filled = {"subject": file.parent.name} | {k: v for k, v in row.items() if v is not None}
                 problems.append({"row": row, "subject": name, "groups": [name]} | read(filled))
-            except (AttributeError, IndexError, KeyError, TemplateError, TypeError, ValueError) as error:
+            except (AttributeError, LookupError, TemplateError, TypeError, UserWarning, ValueError) as error:
                 die(f"{place}: {error}{' is missing' * isinstance(error, KeyError)}; found {row!r:.400}")
     return problems
 
@@ -768,7 +768,7 @@ LM = namedtuple("LM", "path tokenizer config eos_ids window longest model cache_
 
 def open_lm(path, args):
     """What config and tokenizer tell of a model to evaluate, or why they cannot be used."""
-    tokenizer, config = load_tokenizer(path, args), load(transformers.AutoConfig, path, "config")
+    config, tokenizer, eos_ids = load_tokenizer(path, args)
     if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
         die(f"{path}: {config.model_type} is not a causal language model")
     window, longest = find_window(config, tokenizer), {}
@@ -781,7 +781,7 @@ def open_lm(path, args):
     lost = any(read(ids[:n]) + read(ids[n:]) != read(ids) for n in range(len(ids)))
     if lost and "humaneval" in str(args.tasks):
         print(f"warning: {path}: decoding removes blanks where a response begins, so right programs fail")
-    return LM(path, tokenizer, config, gsil.find_eos_ids(path, config, tokenizer), window, longest)
+    return LM(path, tokenizer, config, eos_ids, window, longest)
 
 
 def load_lm(lm, args):
@@ -834,16 +834,16 @@ BEAVER += "{{ turn.content }} ASSISTANT:{% else %}{{ turn.content }}{{ eos_token
 def load_reward_model(args):
     """PKU-Alignment's head is called score_head. Its bias is left out: it shifts all rewards alike."""
     template = {"beaver": BEAVER}.get(args.reward_template, args.reward_template)
-    path, tokenizer = args.reward_model, load_tokenizer(args.reward_model, args, template)
+    config, tokenizer, eos_ids = load_tokenizer(args.reward_model, args, template)
     options = {"num_labels": 1, "key_mapping": {"^score_head": "score"}}
-    model = load_model(transformers.AutoModelForSequenceClassification, path, args, **options)
-    eos_ids, window = gsil.find_eos_ids(path, model.config, tokenizer), find_window(model.config, tokenizer)
-    return LM(path, tokenizer, model.config, eos_ids, window, {}, model)
+    kind, path = transformers.AutoModelForSequenceClassification, args.reward_model
+    model, window = load_model(kind, path, args, **options), find_window(config, tokenizer)
+    return LM(path, tokenizer, config, eos_ids, window, {}, model)
 
 
 def load_tokenizer(path, args, template=None):
-    """A tokenizer with an EOS token and, if a task needs it, a chat template to use by default."""
-    tokenizer = load(transformers.AutoTokenizer, path, "tokenizer")
+    """As gsil.load_tokenizer; if a task needs it, there is a chat template to use by default."""
+    config, tokenizer, eos_ids = gsil.load_tokenizer(path)
     if tokenizer.eos_token is None:
         die(f"{path}: its tokenizer has no EOS token, so no response could end")
     templates = tokenizer.chat_template = template or tokenizer.chat_template or {}  # one, or several by name
@@ -851,7 +851,7 @@ def load_tokenizer(path, args, template=None):
     if needed and not isinstance(templates, str) and "default" not in templates:
         names = ", ".join(templates) or "none; see --reward-template"
         die(f"{path}: --chat, answers, reward and mt_bench need a default chat template; it has {names}")
-    return tokenizer
+    return config, tokenizer, eos_ids
 
 
 def load_model(kind, path, args, **options):
