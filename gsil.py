@@ -579,8 +579,10 @@ def read_rows(path, split):
             csv.field_size_limit(2**31 - 1)  # characters in a cell; the default is 131,072
             with open(path, encoding="utf-8-sig", newline="") as file:
                 rows = list(csv.DictReader(file, strict=True))
-        elif path.endswith(".parquet") or Path(path).is_file():
+        elif path.endswith(".parquet"):
             rows = pyarrow.parquet.read_table(path).to_pylist()
+        elif Path(path).is_file():
+            die(f"{path} should be a .jsonl, .json, .csv or .parquet file")
         else:
             import datasets  # slow to import
 

@@ -778,41 +778,36 @@ def main(args):
 # ---- 8. Data: rows of any usual format -> token ids ---------------------------------------
 # Columns of prompt and response; the first pair whose columns a row has filled is used. Without a
 # prompt column the other one holds a conversation, and its last assistant turn is the response.
-COLUMNS = ["prompt+chosen", "chosen", "prompt+response", "prompt+completion", "question+answer"]
-COLUMNS += ["instruction+output", "real", "messages", "conversations"]
+COLUMNS = "prompt+chosen chosen prompt+response prompt+completion question+answer"
+COLUMNS += " instruction+output real messages conversations"
 ROLES = {"user": "user", "human": "user", "prompter": "user", "system": "system"}
 ROLES |= dict.fromkeys(["assistant", "gpt", "bot", "model", "chatbot"], "assistant")
 EMPTY = (None, "", [], "[]")  # values of a column or key that is not filled
-# How another column, or another key of a turn, tells by its name and value that a row is none to imitate
-GOOD = r"(is_|was_)?(label|desir\w*|accept\w*|approv\w*|good|correct|valid|keep|train|weight|pass\w*)"
-BAD = r"(is_|was_)?(reject\w*|bad|wrong|incorrect|invalid|undesir\w*|toxic|harmful|flagged|spam)"
-NO = r"false|no|0|0?\.0+|-.+|bad|neg\w*|reject\w*|undesir\w*|wrong|incorrect|fail\w*|dislike\w*"
-MORE = r"image|picture|photo|pixel|video|audio|speech|tool|function|think|thought|reason|rationale"
-FILE = (
-    r"data:\w+/.*|\S+\.(png|jpe?g|gif|webp|mp4|mov|avi|webm|mp3|wav|flac)\W*|.*'bytes': b.*|b['\"].*|<pil.*"
-)
+# A row is none to imitate if "name\nvalue" of another column, or of a key of the response's turn,
+# matches one of these: more than text by its name, by its value, not marked as good, marked as bad.
+NOT_TO_IMITATE = r"""(?x)
+    .*(image|picture|photo|pixel|video|audio|speech|tool|function|think|thought|reason|rationale)
+    | .*\n(data:\w+/|b['"]|<pil|[\s\S]*'bytes':\ b|\S+\.(png|jpe?g|gif|web[pm]|mp[34]|mov|avi|wav|flac)\W*\Z)
+    | (is_|was_)?(label|desir\w*|accept\w*|approv\w*|good|correct|valid|keep|train|weight|pass\w*)
+      \n(false|no|0|0?\.0+|-.+|bad|neg\w*|reject\w*|undesir\w*|wrong|incorrect|fail\w*|dislike\w*)\Z
+    | (is_|was_)?(reject\w*|bad|wrong|incorrect|invalid|undesir\w*|toxic|harmful|flagged|spam)\n(true|yes|1)\Z"""
 
 Data = namedtuple("Data", "tokenizer eos_ids max_new_tokens room demos dev heldout")
-
-
-class NoDemonstration(ValueError):
-    """Why a well-formed row is not used. A row that is broken raises another ValueError."""
 
 
 def read_rows(path, split):
     """Yield (place, row) for every row of a file or a dataset: ("x.jsonl row 1", {column: value}).
     A dataset is a Hub name or a folder; NAME:CONFIGURATION if it has several configurations."""
-    suffix, place = Path(path).suffix, path
     try:
-        if suffix in (".jsonl", ".json"):
-            text = Path(path).read_text("utf-8-sig")
-            array = text.lstrip().startswith("[")  # else every line is a row; a text may hold U+2028
-            rows = json.loads(text) if array else text.split("\n")
-        elif suffix == ".csv":  # not pandas, which would turn NA into a missing value and 007 into 7
+        if path.endswith((".jsonl", ".json")):
+            text = Path(path).read_text("utf-8-sig").strip()
+            lines = [line for line in text.split("\n") if line.strip()]  # a text may hold U+2028
+            rows = json.loads(text if text.startswith("[") else "[" + ",\n".join(lines) + "]")
+        elif path.endswith(".csv"):  # not pandas, which would turn NA into a missing value and 007 into 7
             csv.field_size_limit(2**31 - 1)  # characters in a cell; the default is 131,072
             with open(path, encoding="utf-8-sig", newline="") as file:
                 rows = list(csv.DictReader(file, strict=True))
-        elif suffix == ".parquet":
+        elif path.endswith(".parquet"):
             rows = pyarrow.parquet.read_table(path).to_pylist()
         elif Path(path).is_file():
             die(f"{path} should be a .jsonl, .json, .csv or .parquet file")
@@ -822,85 +817,65 @@ def read_rows(path, split):
             name, _, configuration = path.rpartition(":") if ":" in path else (path, "", None)
             rows = datasets.load_dataset(name, configuration, split=split)
         for n, row in enumerate(rows, 1):
-            place = f"{path} row {n}"
-            if row != "":
-                yield place, json.loads(row) if isinstance(row, str) else row
+            yield f"{path} row {n}", row
     except Exception as error:  # noqa: BLE001 (these libraries raise anything)
-        die(f"{place}: {' '.join(str(error.__cause__ or error).split())}")
+        die(f"{path}: {' '.join(str(error.__cause__ or error).split())}")
 
 
 def to_messages(row):
     """A row -> [{"role", "content"}], the last one by the assistant, and the names of the used columns.
-    Raises NoDemonstration or another ValueError with the reason if that is not possible."""
-    if not isinstance(row, dict) or None in row:
-        raise ValueError(f"a row should have a value for each column, not {row!r:.80}")
-    filled = {column: value for column, value in row.items() if value not in EMPTY}
-    found = [pair for pair in COLUMNS if {*pair.split("+")} <= filled.keys()]
-    if not found:
-        raise ValueError(f"the columns are {[*filled]}; accepted, in lower case, are {', '.join(COLUMNS)}")
+    Raises UserWarning if a row is none to imitate, ValueError if it is broken, with the reason."""
+    rest = {name: row[name] for name in row if row[name] not in EMPTY} if isinstance(row, dict) else {}
+    columns = {*rest}
+    found = [names for names in COLUMNS.split() if {*names.split("+")} <= columns]
+    if not found or None in columns:  # a CSV has None for cells without a column
+        raise ValueError(f"the row has {[*rest] or row}; accepted, in lower case, are {COLUMNS}")
     before, _, after = found[0].rpartition("+")
-    prompt, turns, used = row.get(before or None), row[after], {*found[0].split("+")}
-    if before == "instruction" and isinstance(filled.get("input"), str):
-        prompt, used = f"{prompt}\n\n{row['input']}", used | {"input"}
+    prompt, turns = rest.pop(before, None), rest.pop(after)
+    if before == "instruction" and isinstance(rest.get("input"), str):
+        prompt = f"{prompt}\n\n{rest.pop('input')}"
     if isinstance(turns, str) and not before:  # Anthropic's HH: "\n\nHuman: ...\n\nAssistant: ..."
-        start, *parts = re.split(r"\n\n(Human|Assistant):", turns)
-        if start.strip():
-            raise ValueError(f"a transcript starts with a blank line and 'Human:', not {start!r:.40}")
-        pairs = zip(parts[::2], parts[1::2])
-        turns = [{"role": role, "content": text.strip()} for role, text in pairs]
-    messages, others = to_turns(turns, "assistant")
-    if not messages:
-        raise ValueError(f"{after!r} has no turns")
+        parts = ["", *re.split(r"\n\n(Human|Assistant):", turns)]  # role and text by turns
+        pairs = [(role, text.strip()) for role, text in zip(parts[::2], parts[1::2]) if role or text.strip()]
+        turns = [{"role": role, "content": text} for role, text in pairs] or turns
+    messages = to_turns(turns, "assistant")
     if before and messages[0]["role"] == "assistant":  # else the conversation has the prompt in it
-        messages = to_turns(prompt, "user")[0] + messages
+        messages = to_turns(prompt, "user") + messages
     elif isinstance(prompt, str) and not any(prompt.strip() in turn["content"] for turn in messages):
         raise ValueError(f"{before!r} is not in the conversation of {after!r}")
-    for column in filled:
-        system = re.fullmatch("system.?(prompt|message)?", column, re.IGNORECASE)
-        if system and messages[0]["role"] != "system":
-            messages, used = to_turns(row[column], "system")[0] + messages, used | {column}
-    # Another column, or another key of the last turn, may say that the row is no demonstration.
-    rest = {name: value for name, value in (filled | others).items() if name not in used}
-    for name, value in rest.items():
-        name, text = name.lower(), str(value).strip().lower()
-        if re.search(MORE, name) or re.fullmatch(FILE, text, re.DOTALL):
-            raise NoDemonstration(f"{name!r} holds more than the text of a response")
-        good, bad = re.fullmatch(GOOD, name), re.fullmatch(BAD, name)
-        if (good and re.fullmatch(NO, text)) or (bad and text in ("true", "yes", "1")):
-            raise NoDemonstration(f"{name!r} is {value!r}, which marks it as bad")
-    while messages and messages[-1]["role"] != "assistant":
-        messages.pop()
-    if len(messages) < 2:
+    for column in [*rest]:
+        if re.fullmatch("(?i)system.?(prompt|message)?", column) and messages[0]["role"] != "system":
+            messages = to_turns(rest.pop(column), "system") + messages
+    last = max((n for n, turn in enumerate(messages) if turn["role"] == "assistant"), default=0)
+    for name, value in (rest | messages[last]["rest"]).items():
+        if re.match(NOT_TO_IMITATE, f"{name}\n{str(value).strip()}".lower()):
+            raise UserWarning(f"{name!r} is {value!r:.40}: more than a text, or a mark of a bad one")
+    if last == 0:
         raise ValueError(f"{after!r} has no prompt with a response")
-    return messages, used
+    messages = [{"role": turn["role"], "content": turn["content"]} for turn in messages[: last + 1]]
+    return messages, columns - {*rest}
 
 
 def to_turns(turns, role):
-    """A text, or turns with role and content or from and value -> [{"role", "content"}], and the other
-    keys of the last turn by the assistant, {key: value}."""
-    messages, others = [], {}
+    """A text, or turns with role and content or from and value -> [{"role", "content", "rest"}].
+    The rest is what else a turn has, {key: value}. Raises as to_messages does."""
+    messages = []
     for turn in turns if isinstance(turns, list) else [{"role": role, "content": turns}]:
-        if not isinstance(turn, dict) or not (turn.get("role") or turn.get("from")):
-            raise ValueError(f"a turn should have a role and a content: {turn!r:.80}")
-        role = str(turn.get("role") or turn["from"]).strip().lower()
-        content = turn.get("value") if turn.get("content") is None else turn["content"]
-        used = ("role", "from", "content", "value")
-        keys = {key: turn[key] for key in turn if key not in used and turn[key] not in EMPTY}
+        rest = {key: turn[key] for key in turn if turn[key] not in EMPTY} if isinstance(turn, dict) else {}
+        role = str(rest.pop("role", rest.pop("from", ""))).strip().lower()
+        content = rest.pop("content", rest.pop("value", ""))
         parts = content if isinstance(content, list) else [None]
         if all(isinstance(part, dict) and part.get("type") == "text" for part in parts):
             content = "".join(str(part.get("text") or "") for part in parts)
-        # Numbers may be ids or weights. Another text is a thought or a channel, a list a call or a picture.
-        more = [key for key in keys if key != "name" and not isinstance(keys[key], (int, float))]
-        if more or isinstance(content, list) or "<image>" in str(content):
-            raise NoDemonstration(f"a turn has more than a role and a text: {turn!r:.80}")
-        if role not in ROLES:
-            raise NoDemonstration(f"a turn's role is {role!r}")
-        if not isinstance(content, str) or (role != "system" and not content.strip()):
-            raise ValueError(f"a turn is empty: {turn!r:.80}")
+        # Numbers may be ids or weights. Another text may be a thought, a list a call or a picture.
+        more = [key for key in rest if key != "name" and not isinstance(rest[key], (int, float))]
+        if role and (more or role not in ROLES or isinstance(content, list) or "<image>" in str(content)):
+            raise UserWarning(f"a turn has more than a usual role and a text: {turn!r:.80}")
+        if not role or not isinstance(content, str) or (role != "system" and not content.strip()):
+            raise ValueError(f"a turn is empty or, as before a transcript, has no role: {turn!r:.80}")
         content.encode()  # half an emoji raises a ValueError
-        messages.append({"role": ROLES[role], "content": content})
-        others = keys if ROLES[role] == "assistant" else others
-    return messages, others
+        messages.append({"role": ROLES[role], "content": content, "rest": rest})
+    return messages
 
 
 def encode(row, tokenizer, eos_ids, room=math.inf):
@@ -926,14 +901,13 @@ def encode(row, tokenizer, eos_ids, room=math.inf):
     if tokenizer.unk_token_id in {*ids} - eos_ids:
         raise ValueError("the tokenizer does not know some of its words")
     if len(prompt_ids) > room:
-        raise NoDemonstration(f"the prompt has {len(prompt_ids)} tokens, but there is room for {room}")
+        raise UserWarning(f"the prompt has {len(prompt_ids)} tokens, but there is room for {room}")
     changed = tokenizer.decode(ids, clean_up_tokenization_spaces=False).strip() != text.strip()
     real_ids = ids[len(prompt_ids) :] + [tokenizer.eos_token_id]
     end = next(i for i, token in enumerate(real_ids) if token in eos_ids)  # a template may go on
-    ids = {"prompt_ids": prompt_ids, "real_ids": real_ids[: end + 1]}
     answer = final_answer(response.rstrip().split("\n")[-1])  # other lines may be headings
-    demo = {"prompt": prompt, "response": response, **ids, "answer": answer}
-    return demo | {"columns": columns, "changed": changed}
+    demo = {"prompt": prompt, "response": response, "prompt_ids": prompt_ids, "real_ids": real_ids[: end + 1]}
+    return demo | {"answer": answer, "columns": columns, "changed": changed}
 
 
 def read_demos(path, split, encode_row):
@@ -946,72 +920,60 @@ def read_demos(path, split, encode_row):
             used |= demos[-1].pop("columns")
             changed += demos[-1].pop("changed")
             columns |= {*row}
-        except NoDemonstration as error:
-            left_out.append(f"{place}: {error}")
-        except (ValueError, TemplateError) as error:
-            broken.append(f"{place}: {error}")
-    unusable, n = broken + left_out, len(demos) + len(broken) + len(left_out)
-    if n == 0:
-        die(f"{path}: no rows")
-    if unusable:
-        report = f"{len(unusable)} of {n} rows are left out, such as {unusable[0]}"
-        if not demos or len(broken) > n / 10:
-            die(report)
+        except (UserWarning, ValueError, TemplateError) as error:
+            reasons = left_out if isinstance(error, UserWarning) else broken
+            reasons.append(f"{place}: {error}")
+    n, examples = len(demos) + len(broken) + len(left_out), broken + left_out + ["none"]
+    report = f"{n - len(demos)} of {n} rows are left out, such as {examples[0]}"
+    if not demos or len(broken) > n / 10:
+        die(report if n else f"{path}: no rows")
+    if n > len(demos):
         print(f"warning: {report}")
     others = ", ".join(sorted(columns - used)) or "none"
     print(f"data    {path}: columns {', '.join(sorted(used))}; not used: {others}")
     if changed:
-        print(f"warning: the tokenizer changes the text of {changed} of {n} rows, as to case or blanks")
+        print(f"warning: the tokenizer changes the text of {changed} of {n} rows, such as its case")
     return demos
 
 
-def find_eos_ids(path, config, tokenizer):
-    """Where a response ends: the EOS ids of tokenizer, model config and generation config."""
-    sources, eos_ids = [tokenizer, config, config.get_text_config()], set()
+def load_tokenizer(path, prompt_template=None):
+    """A model's config, its tokenizer with the chat template that --prompt-template becomes, and the
+    ids that end a response: the EOS ids of tokenizer, config and generation config."""
+    config = load(transformers.AutoConfig, path, "config")
+    tokenizer = load(transformers.AutoTokenizer, path, "tokenizer")
+    sources = [tokenizer, config, config.get_text_config()]
     with suppress(OSError):
         sources.append(transformers.GenerationConfig.from_pretrained(path))
-    for source in sources:
-        listed = getattr(source, "eos_token_id", None)  # an id, ids or None
-        eos_ids |= {*listed} if isinstance(listed, list) else {listed}
-    return eos_ids - {None}
-
-
-def load_tokenizer(path, prompt_template):
-    """The config of a model's text part, its tokenizer with a chat template, which may be made of
-    --prompt-template, and the ids that end a response."""
-    config = load(transformers.AutoConfig, path, "config")
-    if getattr(config, "quantization_config", None):
-        die(f"{path} has quantized weights, which cannot be trained: name its full weights")
-    tokenizer = load(transformers.AutoTokenizer, path, "tokenizer")
+    listed = [getattr(source, "eos_token_id", None) for source in sources]  # each an id, ids or None
+    eos_ids = {i for ids in listed for i in (ids if isinstance(ids, list) else [ids])} - {None}
     if prompt_template:  # becomes a chat template, so that it is saved with the model
         text = prompt_template.replace("\\n", "\n").replace("\\t", "\t")
         if tokenizer.bos_token and tokenizer("a").input_ids[0] == tokenizer.bos_token_id:
             text = tokenizer.bos_token + text.removeprefix(tokenizer.bos_token)
-        before, after = (json.dumps(part, ensure_ascii=False) for part in text.split("{prompt}"))
-        refuse = "{{ raise_exception('--prompt-template has room for one question and its answer') if "
-        refuse += "messages[2:] or messages[0].role != 'user' }}"
-        prompt = "{{ " + before + " ~ messages[0].content ~ " + after + " }}"
-        tokenizer.chat_template = refuse + prompt + "{{ messages[1].content if messages[1:] }}"
-    if tokenizer.eos_token_id is None:
-        die(f"{path}: its tokenizer has no EOS token, so no response could end")
-    if not tokenizer.chat_template:
-        die(f"{path}: its tokenizer has no chat template; give a --prompt-template")
-    return config.get_text_config(), tokenizer, find_eos_ids(path, config, tokenizer)
+        text = json.dumps(text, ensure_ascii=False).replace("{prompt}", '" ~ messages[0].content ~ "')
+        # All but one question and its answer become an empty text, which `encode` refuses.
+        prompt = "{% if messages[0].role == 'user' and not messages[2:] %}{{ " + text + " }}"
+        tokenizer.chat_template = prompt + "{{ messages[1].content if messages[1:] }}{% endif %}"
+    return config, tokenizer, eos_ids
 
 
 def read_data(args):
     """The tokenizer, and the rows that it encodes."""
     hf_logging.disable_progress_bar()
     config, tokenizer, eos_ids = load_tokenizer(args.model, args.prompt_template)
-    names = ("max_position_embeddings", "max_seq_len")  # the latter is mpt's
-    window = min(getattr(config, name, None) or math.inf for name in names)
+    if getattr(config, "quantization_config", None):
+        die(f"{args.model} has quantized weights, which cannot be trained: name its full weights")
+    if tokenizer.eos_token_id is None or not tokenizer.chat_template:
+        lacks = "no EOS token" if tokenizer.chat_template else "no chat template; give a --prompt-template"
+        die(f"{args.model}: its tokenizer has {lacks}")
+    config = config.get_text_config()
+    windows = [getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len")]
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type") == "longrope":  # beyond this all positions change, the cached ones too
-        window = rope["original_max_position_embeddings"]
+        windows.append(rope["original_max_position_embeddings"])
+    window = min(filter(None, windows), default=math.inf)
     max_new_tokens = args.max_new_tokens or min(256, window // 2)
     room = window - max_new_tokens  # for the prompt
-    if room < 1:
-        die(f"--max-new-tokens {max_new_tokens}: the model's window has only {window} tokens")
     encode_row = partial(encode, tokenizer=tokenizer, eos_ids=eos_ids, room=room)
     paths = (args.data, args.dev, args.heldout)
     demos, dev, heldout = [read_demos(path, args.split, encode_row) if path else [] for path in paths]
@@ -1047,7 +1009,7 @@ def encode_preference(row, tokenizer, eos_ids, window):
     if chosen["prompt"] != rejected["prompt"]:
         raise ValueError("chosen and rejected answer different prompts")
     if max(len(side["prompt_ids"] + side["real_ids"]) for side in (chosen, rejected)) > window:
-        raise NoDemonstration(f"it is longer than the model's window of {window} tokens")
+        raise UserWarning(f"it is longer than the model's window of {window} tokens")
     columns = chosen["columns"] | {"rejected"}
     return chosen | {"generated_ids": rejected["real_ids"], "columns": columns}
 

@@ -57,6 +57,7 @@ def test_a_slice_from_run_to_table(tmp_path, monkeypatch, capsys):
         file.name: json.loads(file.read_text())["stages"] for file in (tmp_path / "study").glob("*.json")
     }
     rows, table = files["gsil-0.json"], json.loads((tmp_path / "study/runs/gsil-0/summary.json").read_text())
+    assert table.pop("demos")["habit"] > 0
     for stage, row in table.items():
         for key in ("greedy", "sampled", "habit"):
             assert sum(toy.from_hex(rows[stage][key])) == round(16 * row[key])
