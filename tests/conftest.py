@@ -16,13 +16,11 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-# Tests compare digits and bytes, which a GPU changes from run to run: only a test that asks for it sees it.
-GPU = torch.cuda.is_available()
+# Tests compare digits and bytes, which a GPU changes from run to run.
 torch.cuda.is_available = torch.backends.mps.is_available = lambda: False
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # for the processes that tests start
-torch.set_num_threads(
-    1
-)  # tiny models gain nothing by more, and a process that a test forks would wait for them
+# Tiny models gain nothing by more threads, and a process that a test forks would wait for them.
+torch.set_num_threads(1)
 
 ZEPHYR = (
     "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}</s>\n{% endfor %}"

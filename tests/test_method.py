@@ -2,14 +2,10 @@
 
 import json
 import math
-import os
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
-from conftest import GPU, ROOT
 from helpers import demos_of, logged, naive_logp, read_jsonl, run, table, toy_flags, weights, write_jsonl
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -30,18 +26,19 @@ def test_end_to_end(loss, inputs, data, tmp_path, monkeypatch):
     """A --loss could fail to train, save or load, or README's word be false that an entry of LOSSES is enough."""
     monkeypatch.setitem(gsil.LOSSES, "your own", OWN_LOSS)
     out = tmp_path / "out"
-    flags = f"--heldout {data} --baseline none --lr 1e-3 --optimizer rmsprop --out {out}"
-    rows = run([*(inputs + flags).split(), "--loss", loss])
+    given = 2 if loss in ("hinge", "kliep") else 0  # the others learn the shift, which begins at 0
+    flags = f"--heldout {data} --baseline none --lr 1e-3 --optimizer rmsprop --epochs 3 --out {out}"
+    rows = run([*(inputs + flags + " --shift 2" * bool(given)).split(), "--loss", loss])
     assert rows == json.loads((out / "summary.json").read_text())
     stage = "sft" if loss == "sft" else "round 1"
     assert [*rows] == ["base", stage] and all({*row} == COLUMNS for row in rows.values())
-    always = ("greedy", "sampled", "nll", "length", "ended")
-    assert all(math.isfinite(row[key]) for key in always for row in rows.values())
     steps = logged(out, stage)
-    if loss != "sft":  # policy and reference are one model, and a learned shift begins at 0
-        first = gsil.LOSSES[loss](torch.zeros(()), torch.zeros(())).item()
-        assert steps[0]["loss"] == pytest.approx(first, rel=1e-3) and steps[0]["shift"] == 0
-    assert len(steps) == 2 and all(math.isfinite(value) for step in steps for value in step.values())
+    if loss != "sft":  # policy and reference are one model
+        first = gsil.LOSSES[loss](torch.tensor(1.0 * given), torch.tensor(1.0 * given)).item()
+        assert steps[0]["loss"] == pytest.approx(first, rel=1e-3) and steps[0]["shift"] == given
+        assert (steps[2]["shift"] == given) == (given > 0 or loss == "spin")  # in which it cancels
+        assert steps[2]["d_real"] > steps[2]["d_generated"]
+    assert len(steps) == 3 and all(math.isfinite(value) for step in steps for value in step.values())
     model = AutoModelForCausalLM.from_pretrained(out / stage.replace(" ", "_"))
     tokenizer = AutoTokenizer.from_pretrained(out / stage.replace(" ", "_"))
     assert {weight.dtype for weight in model.parameters()} == {torch.float32}
@@ -76,9 +73,8 @@ def test_sft_is_one_baseline_however_it_is_asked_for(inputs, data, tmp_path, cap
     """--loss sft with fewer epochs, or without the choice on dev, would be a weaker baseline than the table's."""
     common = inputs + f"--heldout {data} --epochs 1 --batch 4 --rounds 2 --scale 1 --lr 1e-3"
     run(f"{common} --dev {data} --loss sft --out {tmp_path}/a")
-    assert "6 epochs" not in capsys.readouterr().out  # no method is compared
+    assert "6 epochs" not in capsys.readouterr().out  # there is no method to be fair to
     run(f"{common} --dev {data} --baseline sft --out {tmp_path}/b")
-    # Three times as many, as samples and two sides take two thirds of the method's work.
     assert re.search("6 epochs.*logistic.* 2\\b", capsys.readouterr().out)
     asked, beside = logged(tmp_path / "a", "sft"), logged(tmp_path / "b", "sft")
     assert asked == beside and len(asked) == 12 and "sft" in table(tmp_path / "a")
@@ -100,12 +96,11 @@ def test_the_best_round_is_chosen_on_dev(inputs, data, tmp_path, capsys):
     assert "round_2" in code and eval(code, {"AutoModelForCausalLM": AutoModelForCausalLM})
 
 
-def test_rounds_that_do_not_settle_are_warned_of(inputs, capsys):
+def test_rounds_that_do_not_settle_are_warned_of(capsys):
     """Further rounds at a small scale end nowhere, and cost hours."""
-    rounds = {"--rounds 2 --scale 0.5": 1, "--rounds 2 --scale 0.51": 0, "--rounds 2 --loss sft": 0, "": 0}
-    for flags, warnings in rounds.items():
+    for flags, warnings in (("--scale 0.5", 1), ("--scale 0.51", 0), ("--loss sft", 0), ("--rounds 1", 0)):
         with pytest.raises(SystemExit):
-            run(f"{flags} --model /nowhere")
+            run(f"--rounds 2 {flags} --model /nowhere")
         assert capsys.readouterr().out.count("warning: ") == warnings
 
 
@@ -138,75 +133,37 @@ def test_the_log_and_the_factor_that_samples_best_on_dev(small, tmp_path, capsys
         assert re.search(rf"^{line}$", printed, re.MULTILINE), line
     shares = {float(f): float(share) for f, share in re.findall(r"factor ([\d.]+)\D+([\d.]+)%", printed)}
     assert [*shares] == [1, 1.5, 2, 2.5, 3, 4] and [*rows] == ["base", "round 1", "sft", "extrapolated"]
-    check_extrapolated(
-        tmp_path / "out", gsil.TOY / "base", max(shares, key=shares.get)
-    )  # the first of equals
+    best = max(shares, key=shares.get)  # the first of equals
+    check_extrapolated(tmp_path / "out", gsil.TOY / "base", best)
     assert abs(shares[1] / 100 - rows["sft"]["dev"]) > 0.01  # which is greedy
 
 
-def log_of_habit(inputs, out, capsys, own, theirs, flags=""):
-    """What a run says of the habit, a letter r or s, if its model and demonstrators give p, q, r, s so often."""
-    run(f"{inputs} --rounds 0 --habit [rs] --epochs 1 --baseline none {flags} --out {out}")
-    folder = gsil.parse_args(inputs.split()).model
-    tokenizer, model = (kind.from_pretrained(folder) for kind in (AutoTokenizer, AutoModelForCausalLM))
-    ids = {letter: tokenizer(letter).input_ids for letter in "pqrs"}
-    logps = {letter: naive_logp(model, [5], ids[letter]) for letter in ids}
-    real, generated = ("".join(x * n for x, n in zip("pqrs", counts)) for counts in (theirs, own))
-    pairs = []
-    for x, y in zip(real, generated, strict=True):
-        pair = {"prompt": "", "prompt_ids": [5], "response": x, "generated": y}
-        pair |= {"real_ids": ids[x], "real_reference": logps[x]}
-        pairs.append(pair | {"generated_ids": ids[y], "generated_reference": logps[y]})
+def log_of_habit(inputs, tokenizer, out, capsys, own, theirs, flags=""):
+    """What a run says of its habit, a letter y, if the model and the demonstrators respond with these letters."""
+    run(f"{inputs} --rounds 0 --habit y --baseline none {flags} --out {out}")
+    pairs = [{"prompt_ids": [5], "real_reference": 0, "generated_reference": 0} for _ in own]
+    for pair, real, generated in zip(pairs, theirs, own, strict=True):
+        pair["real_ids"], pair["generated_ids"] = tokenizer(real).input_ids, tokenizer(generated).input_ids
     write_jsonl(out / "round_1.jsonl", pairs)  # as if the run had been stopped after sampling
     capsys.readouterr()
-    run(f"--resume {out} --rounds 1")
+    with pytest.raises(SystemExit):  # the references are not those of the model, so it does not train
+        run(f"--resume {out} --rounds 1")
     return capsys.readouterr().out
 
 
-def test_the_predicted_habit(inputs, tmp_path, capsys):
+def test_the_predicted_habit(inputs, tokenizer, tmp_path, capsys):
     """A reader would take for a fact what follows from two shares alone, and holds under a condition."""
-    printed = log_of_habit(inputs, tmp_path / "out", capsys, (10, 4, 3, 3), (1, 5, 7, 7))
-    printed = printed[printed.index("'[rs]'") :].partition("loss")[0]
+    printed = log_of_habit(inputs, tokenizer, tmp_path / "out", capsys, "nnnnnnnyyy", "nnnyyyyyyy")
     assert re.findall(r"\d+\.\d%", printed) == ["30.0%", "70.0%", "99.2%"]
-    assert re.search("over all prompts.*if .* differ in nothing else", printed, re.DOTALL)
+    assert re.search("over all prompts.*if .* differ in nothing else", printed)
 
 
-CASES = {  # shares of the letters, 0.3 and 0.7 with the habit as above; its share after a round at scale 0.3
-    "differ in nothing else": ((0.50, 0.20, 0.15, 0.15), (3 / 14, 6 / 70, 0.35, 0.35), 0.992),
-    "q is preferred, too": ((0.50, 0.20, 0.15, 0.15), (0.05, 0.25, 0.35, 0.35), 0.923),
-    "q was rare": ((0.699, 0.001, 0.15, 0.15), (0.1, 0.2, 0.35, 0.35), 0.000108),
-}
-
-
-@pytest.mark.parametrize("pi, p, reached", CASES.values(), ids=CASES)
-def test_what_the_condition_of_the_prediction_means(pi, p, reached):
-    """Who reads `if they differ in nothing else` as a formality would be wrong by nearly 100 %."""
-    pi, p = torch.tensor(pi), torch.tensor(p)
-    optimum = pi * (p / pi) ** (1 / 0.3)
-    assert pi[2:].sum().item() == pytest.approx(0.3) and p[2:].sum().item() == pytest.approx(0.7)
-    assert (optimum[2:].sum() / optimum.sum()).item() == pytest.approx(reached, rel=5e-3)  # three digits
-
-
-# 0 % and 100 %, then shares that would do
-WITHOUT = {"--epochs 1": ((5, 5, 0, 0), (2, 2, 3, 3)), "--epochs 2": ((5, 2, 2, 1), (0, 0, 5, 5))}
-WITHOUT |= dict.fromkeys(["--loss hinge", "--temperature 0.7", "--shift 2"], ((5, 2, 2, 1), (2, 2, 3, 3)))
+WITHOUT = {"--epochs 1": ("nn", "ny"), "--epochs 2": ("ny", "yy")}  # shares of 0 % and 100 %
+WITHOUT |= dict.fromkeys(["--loss hinge", "--temperature 0.7", "--shift 2"], ("nny", "nyy"))
 
 
 @pytest.mark.parametrize("flags", WITHOUT)
-def test_a_habit_that_cannot_be_predicted(flags, inputs, tmp_path, capsys):
+def test_a_habit_that_cannot_be_predicted(flags, inputs, tokenizer, tmp_path, capsys):
     """0 %, 100 % or a number that no theory backs would pass for a prediction."""
-    printed = log_of_habit(inputs, tmp_path / "out", capsys, *WITHOUT[flags], flags)
+    printed = log_of_habit(inputs, tokenizer, tmp_path / "out", capsys, *WITHOUT[flags], flags)
     assert "no prediction" in printed and "predicted" not in printed
-
-
-@pytest.mark.skipif(not GPU, reason="needs a CUDA device")
-def test_cuda_agrees_with_the_cpu(small, tmp_path):
-    """bf16 autocast and the CUDA kernels may round differently, but not compute something else."""
-    environment = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
-    nlls = {}
-    for device in ("cpu", "cuda"):
-        flags = toy_flags(small, tmp_path / device) + f"--device {device} --baseline none --temperature 0"
-        subprocess.run([sys.executable, str(ROOT / "gsil.py"), *flags.split()], env=environment, check=True)
-        nlls[device] = [row["nll"] for row in table(tmp_path / device).values()]
-    assert nlls["cuda"][0] == pytest.approx(nlls["cpu"][0], rel=0.02)  # the base model: bf16 has 8 bits
-    assert nlls["cuda"][1] == pytest.approx(nlls["cpu"][1], rel=0.1)  # trained: its steps differ, too
