@@ -95,12 +95,12 @@ def refusal(capsys, flags, script=gsil):
     return capsys.readouterr().err.strip().splitlines()[-1]
 
 
-def as_script(flags, monkeypatch, capsys):
+def as_script(flags, monkeypatch, capsys, script=gsil):
     """(exit code, last line on stderr) of `python gsil.py FLAGS`, run in this process."""
-    monkeypatch.setattr(sys, "argv", ["gsil.py", *flags.split()])
+    monkeypatch.setattr(sys, "argv", [script.__file__, *flags.split()])
     code = 0
     try:
-        runpy.run_path(gsil.__file__, run_name="__main__")
+        runpy.run_path(script.__file__, run_name="__main__")
     except SystemExit as stop:
         code = stop.code
     return code, capsys.readouterr().err.strip().rpartition("\n")[2]

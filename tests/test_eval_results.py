@@ -1,10 +1,7 @@
 """eval.py: means, intervals and comparisons, what is printed and written."""
 
-import io
 import json
 import math
-import runpy
-import sys
 
 import pytest
 from helpers import evaluate
@@ -85,12 +82,3 @@ def test_what_a_table_looks_like(capsys):
         ["difference", "from", "b", "±", "p"],
         ["mmlu", "acc", "1.0000", "0.0000", "<0.001"],
     ]
-
-
-def test_a_terminal_without_the_letters(inputs, monkeypatch):
-    """A ± in a cp1252 or ASCII pipe would end hours of work in a UnicodeEncodeError."""
-    pipe = io.BytesIO()
-    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(pipe, "ascii", write_through=True))
-    monkeypatch.setattr(sys, "argv", ["eval.py", *inputs.split(), "--compare", inputs.split()[1]])
-    runpy.run_path(ev.__file__, run_name="__main__")
-    assert b"\\xb1" in pipe.getvalue()

@@ -20,12 +20,8 @@ def test_final_answers():
 
 def test_the_rows_of_the_table(inputs, tokenizer, tmp_path):
     """A number would be of other problems, texts or tokens than its title says."""
-    learned = [
-        "= #### 1",
-        "= #### 2",
-        "#### 3",
-        *(f"no #### {n}" for n in (4, 5, 6)),
-    ]  # a token for each letter
+    # a token for each letter
+    learned = ["= #### 1", "= #### 2", "#### 3", "no #### 4", "no #### 5", "no #### 6"]
     golds = {"demos": "123456", "dev": "123478", "heldout": "123457"}
     for name, answers in golds.items():
         texts = [text[:-1] + answer for text, answer in zip(learned, answers)]

@@ -13,6 +13,7 @@ from conftest import byte_tokenizer, tiny_model
 from helpers import EOS, as_script, read_jsonl, refusal, run, user, write_jsonl
 from tokenizers.processors import TemplateProcessing
 
+import eval as ev
 import gsil
 import irft
 
@@ -43,29 +44,48 @@ def test_flags_out_of_range_are_refused_by_name(capsys):
         assert stop.value.code == 2 and all(word in said for word in flags.split()), flags
 
 
-def broken_models(folder):
-    """Makes the folder not quite a model, in one way after the other; yields what must be said."""
+def unusable_models(folder):
+    """Makes of the folder one model after the other that cannot be used; yields what must be said of it."""
+
+    def save(model, **values):
+        model.save_pretrained(folder)
+        config = json.loads((folder / "config.json").read_text()) | values
+        (folder / "config.json").write_text(json.dumps(config))
+
     byte_tokenizer().save_pretrained(folder)
-    shape = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
-    t5 = transformers.T5Config(vocab_size=300, **shape)
-    transformers.T5ForConditionalGeneration(t5).save_pretrained(folder)
-    yield "no causal language model can be loaded"
-    mamba = transformers.MambaConfig(vocab_size=300, hidden_size=32, num_hidden_layers=1)
-    transformers.MambaForCausalLM(mamba).save_pretrained(folder)
+    # These load without an error, but not as what they are:
+    save(tiny_model(), quantization_config={"quant_method": "fp8"})
+    yield "quantized"
+    save(tiny_model(), num_hidden_layers=1)  # weights that nobody would use
+    yield "model.layers.1."
+    save(tiny_model(), num_hidden_layers=3)
+    yield "model.layers.2."
+    save(tiny_model(), vocab_size=310)
+    yield "lm_head.weight"
+    (folder / "adapter_config.json").write_text("{}")
+    yield "adapter"
+    (folder / "adapter_config.json").unlink()
+    sizes = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 1, "initializer_range": 0.2}
+    roberta = {"num_attention_heads": 4, "intermediate_size": 64, "max_position_embeddings": 260}
+    roberta = transformers.RobertaConfig(**sizes, **roberta, is_decoder=True, pad_token_id=0)
+    save(transformers.RobertaForCausalLM(roberta))
+    yield "padding or cache"  # it counts positions from the padding
+    save(transformers.MambaForCausalLM(transformers.MambaConfig(**sizes)))
     yield "mamba"
     model = tiny_model()
     model.model.layers[1].mlp.up_proj.weight.data[0, 0] = math.nan
-    model.save_pretrained(folder)
+    save(model)
     yield "nan"
-    tiny_model().save_pretrained(folder)
-    transformers.LlamaConfig.from_pretrained(folder, num_hidden_layers=3).save_pretrained(folder)
-    yield "model.layers.2."
+    # These do not load:
+    transformers.T5Config(vocab_size=300).save_pretrained(folder)
+    yield "no causal language model can be loaded"
+    save(model)
     os.truncate(folder / "model.safetensors", 1000)
     yield "no causal language model can be loaded"
     (folder / "model.safetensors").unlink()
     torch.save({"model.norm.weight": folder}, folder / "pytorch_model.bin")
     yield "no causal language model can be loaded"  # a pickle with more than tensors can run code
-    tiny_model().save_pretrained(folder)
+    save(tiny_model())
     (folder / "chat_template.jinja").unlink()
     yield "its tokenizer has no chat template; give a --prompt-template"
     tokenizer = byte_tokenizer()
@@ -83,8 +103,8 @@ def broken_models(folder):
 
 
 def test_a_model_that_cannot_be_used_is_one_sentence_before_any_work(inputs, tmp_path, capsys):
-    """Random weights would be trained, or hours of work end in a traceback, or a model's own code would run."""
-    for says in broken_models(tmp_path / "model"):
+    """Random weights would be trained, samples come from another distribution, or a model's own code run."""
+    for says in unusable_models(tmp_path / "model"):
         said = refusal(capsys, f"{inputs} --model {tmp_path}/model --out {tmp_path}/out")
         assert said.startswith("error: ") and says in said.replace("NaN", "nan"), said
         assert [path.name for path in tmp_path.iterdir()] == ["model"]  # no folder, and no code has run
@@ -130,50 +150,18 @@ def test_a_prompt_template_is_used_and_saved(bos, tmp_path, capsys):
     assert "--prompt-template" in said and not (tmp_path / "two").exists()
 
 
-def test_a_terminal_without_the_letter(inputs, tmp_path, monkeypatch, capsys):
-    """A UnicodeEncodeError would end the run at the first é of a sample."""
-    data = write_jsonl(tmp_path / "é.jsonl", [{"question": "café ?", "answer": "#### 1"}] * 3)
+PRINTING = [(gsil, "--rounds 0 --out {}/é", "/\\xe9"), (ev, "--compare {model}", "\\xb1")]
+
+
+@pytest.mark.parametrize("script, flags, letter", PRINTING)
+def test_a_terminal_without_the_letter(script, flags, letter, inputs, tmp_path, monkeypatch, capsys):
+    """A UnicodeEncodeError would end a run at the first é of a sample, or hours of work at the ± of a table."""
     terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", terminal)
-    as_script(f"{inputs} --data {data} --heldout {data} --rounds 0 --out {tmp_path}/é", monkeypatch, capsys)
+    flags = inputs + flags.format(tmp_path, model=gsil.parse_args(inputs.split()).model)
+    as_script(flags, monkeypatch, capsys, script)
     terminal.flush()
-    printed = terminal.buffer.getvalue().decode("ascii")
-    assert "caf\\xe9 ?" in printed and f"results in {tmp_path}/\\xe9" in printed
-
-
-def other_kinds(folder):
-    """Save models that load without an error, but not as what they are; yield what should be said of each."""
-    config = folder / "config.json"
-
-    def change(**values):
-        tiny_model().save_pretrained(folder)
-        config.write_text(json.dumps(json.loads(config.read_text()) | values))
-
-    byte_tokenizer().save_pretrained(folder)
-    change(quantization_config={"quant_method": "fp8"})
-    yield "quantized"
-    change(num_hidden_layers=1)  # weights that nobody would use
-    yield "model.layers.1."
-    change(vocab_size=310)
-    yield "lm_head.weight"
-    tiny_model().save_pretrained(folder)
-    (folder / "adapter_config.json").write_text("{}")
-    yield "adapter"
-    (folder / "adapter_config.json").unlink()
-    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64}
-    sizes |= {"vocab_size": 300, "max_position_embeddings": 260, "is_decoder": True, "initializer_range": 0.2}
-    transformers.RobertaForCausalLM(
-        transformers.RobertaConfig(**sizes, pad_token_id=0, eos_token_id=1)
-    ).save_pretrained(folder)
-    yield "padding or cache"  # it counts positions from the padding
-
-
-def test_a_model_that_is_something_else_is_refused(inputs, tmp_path, capsys):
-    """Weights would be dropped or trained that cannot be saved, and samples come from another distribution."""
-    for says in other_kinds(tmp_path / "model"):
-        said = refusal(capsys, f"{inputs} --model {tmp_path}/model --out {tmp_path}/out")
-        assert said.startswith("error: ") and says in said, said
-        assert not (tmp_path / "out").exists()
+    assert letter in terminal.buffer.getvalue().decode("ascii")
 
 
 def test_a_warmup_without_an_end_is_refused(inputs, tmp_path, capsys):

@@ -32,25 +32,12 @@ def test_gsil_loss_by_hand(model):
         assert loss == pytest.approx(by_hand, **close)
 
 
-@pytest.mark.parametrize("loss", gsil.LOSSES)
-def test_equal_responses_tie_and_only_spin_learns_nothing_from_them(loss, model):
-    """Told apart would count 0 or 1 where nothing differs; and with a shift the log may not promise that equal
-    texts teach nothing, as most losses push them down."""
+def test_equal_responses_tie(model):
+    """Told apart would count 0 or 1 where nothing differs, as in a model that copies its demonstrations."""
     [pair] = made_pairs(model, 1)
     pair |= {"generated_ids": pair["real_ids"], "generated_reference": pair["real_reference"]}
-    slopes = {}
-    for shift in (0.0, 2.0):
-        model.zero_grad()
-        losses, found = gsil.gsil_loss(model, [pair], loss, 1.0, torch.tensor(shift))
-        losses.sum().backward()
-        assert (
-            found["told_apart"].tolist() == [0.5]
-            and found["d_real"].tolist() == found["d_generated"].tolist()
-        )
-        slopes[shift] = model.lm_head.weight.grad.abs().max().item()
-    model.zero_grad(set_to_none=True)
-    assert slopes[0.0] < 1e-4  # (at shift 0 the two sides' slopes cancel; float32 rounds what is left)
-    assert (slopes[2.0] < 1e-4) == (loss == "spin")
+    _, found = gsil.gsil_loss(model, [pair], "logistic", 1.0, torch.tensor(0.0))
+    assert found["told_apart"].tolist() == [0.5]
 
 
 def test_sft_loss_is_cross_entropy(model):
