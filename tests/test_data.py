@@ -27,6 +27,8 @@ FORMATS = [  # of one demonstration
     {"messages": [*TURNS, user("Thanks")]},
     {"messages": [user(Q), assistant([{"type": "text", "text": part} for part in (A[:3], A[3:])])]},
     {"conversations": [{"from": "human", "value": Q}, {"from": "gpt", "value": A}]},
+    {"messages": [{"role": "User", "content": Q}, {"role": " bot ", "content": A}]},
+    {"messages": [{"role": "prompter", "content": Q}, {"role": "model", "content": A}]},
     {"prompt": Q, "chosen": A, "rejected": "no"},
     {"prompt": Q, "chosen": TURNS, "rejected": OTHERS, "messages": OTHERS},  # UltraFeedback
     {"chosen": TURNS, "rejected": OTHERS},
@@ -142,8 +144,7 @@ def test_rows_that_cannot_be_used_say_why(row, says, template, tmp_path, capsys)
 def test_unusable_rows_are_left_out_and_counted(tmp_path, tokenizer, capsys):
     """A broken row, or what is no demonstration, would cost a run, or a broken file be taken for a small one."""
     good, path = {"prompt": "a", "response": "b"}, tmp_path / "x.jsonl"
-    broken = [row for row, _, *template in BROKEN if not template]
-    others = [row for row, _ in NO_DEMONSTRATIONS]
+    broken, others = [case[0] for case in BROKEN if len(case) == 2], [row for row, _ in NO_DEMONSTRATIONS]
     rows = [good] * 3 + others + [good] * 9 * len(broken) + broken
     assert len(demos_of(write_jsonl(path, rows), tokenizer, room=300)) == 9 * len(broken) + 3
     printed = capsys.readouterr().out
@@ -203,13 +204,11 @@ def test_prompts_and_responses_share_the_window(flags, kind, config, expected, t
     byte_tokenizer().save_pretrained(tmp_path)
     AutoConfig.for_model(kind, **{"vocab_size": 300, "eos_token_id": EOS} | config).save_pretrained(tmp_path)
     path = write_jsonl(tmp_path / "x.jsonl", [{"prompt": "a", "response": "Q" * 399}])
-    args = gsil.parse_args(f"--model {tmp_path} --data {path} --heldout {path} {flags}".split())
+    flags += f" --model {tmp_path} --data {path} --heldout {path}"
     if isinstance(expected, int):
-        assert len(gsil.read_data(args).demos[0]["real_ids"]) == expected
+        assert len(gsil.read_data(gsil.parse_args(flags.split())).demos[0]["real_ids"]) == expected
     else:
-        with pytest.raises(SystemExit) as stop:
-            gsil.read_data(args)
-        assert stop.value.code == 2 and re.search(expected, capsys.readouterr().err)
+        assert expected in refusal(capsys, flags)
 
 
 def test_what_may_explain_a_bad_run_is_counted(tmp_path, capsys):
@@ -219,20 +218,13 @@ def test_what_may_explain_a_bad_run_is_counted(tmp_path, capsys):
     data = write_jsonl(tmp_path / "x.jsonl", [*rows, {"question": "Supercalifragilistic", "answer": "1"}])
     flags = f"--data {data} --heldout {heldout} --max-new-tokens 5"
     found = gsil.read_data(gsil.parse_args(flags.split()))
-    # EOS after half a response would tell it apart from one that was sampled to the cap.
-    assert all(
-        len(row["real_ids"]) == 5 and EOS not in row["real_ids"] for row in found.demos + found.heldout
-    )
+    for row in found.demos + found.heldout:  # EOS after half a response would tell whose it is
+        assert len(row["real_ids"]) == 5 and EOS not in row["real_ids"]
     printed = capsys.readouterr().out
-    for line in (
-        "1 of 10 rows .* row 10: .*does not know",
-        "10 responses .* cut at .* 5",
-        "1 .*held-out prompts",
-    ):
-        assert re.search(f"warning: {line}", printed), line
-    with pytest.raises(SystemExit):
-        gsil.read_data(gsil.parse_args(f"{flags} --dev {heldout}".split()))
-    assert "should end in '#### value'" in capsys.readouterr().err  # else the best epoch would be luck
+    for says in ("1 of 10 rows .* row 10: .*does not know", "10 responses .* cut at .* 5", "1 .*held-out"):
+        assert re.search(f"warning: {says}", printed), says
+    # With such a file as --dev the best epoch would be luck.
+    assert "should end in '#### value'" in refusal(capsys, f"{flags} --dev {heldout}")
 
 
 def test_a_tenth_is_held_out_by_seed(inputs, tmp_path, capsys):
@@ -249,22 +241,12 @@ def test_a_tenth_is_held_out_by_seed(inputs, tmp_path, capsys):
     assert re.search(r"\nno --heldout: .*\b4\b", printed) and "warning" not in printed
 
 
-def test_roles_may_be_written_in_other_ways(tmp_path, tokenizer):
-    """A template would be given a role that it does not know, and an earlier turn be learned for the last one."""
-    for ours, theirs in (("User", "Assistant"), ("prompter", "bot"), (" human ", "model")):
-        turns = [{"role": ours, "content": Q}, {"role": theirs, "content": A}]
-        [demo] = demos_of(write_jsonl(tmp_path / "x.jsonl", [{"messages": turns}]), tokenizer)
-        assert (demo["prompt"], demo["response"]) == (ASKED, A)
-
-
 def test_columns_are_used_or_named(tmp_path, tokenizer, capsys):
     """A system prompt in a column of its own, or earlier turns, would be missing without a word."""
     rows = [{"prompt": Q, "response": A, "system_prompt": "Be brief.", "history": [["a", "b"]], "id": 7}]
     [demo] = demos_of(write_jsonl(tmp_path / "x.jsonl", rows), tokenizer)
     assert "Be brief." in demo["prompt"] and "history" not in demo
-    assert re.search(
-        r"prompt, response, system_prompt; not used: history, id$", capsys.readouterr().out, re.MULTILINE
-    )
+    assert "prompt, response, system_prompt; not used: history, id\n" in capsys.readouterr().out
 
 
 def test_a_tokenizer_that_changes_texts_is_warned_of(tmp_path, tokenizer, capsys):
@@ -289,19 +271,9 @@ def test_a_folder_with_configurations(inputs, tmp_path, capsys):
     """Such a dataset could not be named, and what the library raises would be a page of its code."""
     (tmp_path / "main").mkdir()
     write_jsonl(tmp_path / "main/train.jsonl", [{"question": Q, "answer": A}])
-    configs = "configs:\n- config_name: main\n  data_files: main/train.jsonl\n- config_name: other\n"
-    (tmp_path / "README.md").write_text(f"---\n{configs}  data_files: other.jsonl\n---\n")
+    configs = [f"- config_name: {name}\n  data_files: {name}/train.jsonl\n" for name in ("main", "other")]
+    (tmp_path / "README.md").write_text("---\nconfigs:\n" + "".join(configs) + "---\n")
     [(place, row)] = gsil.read_rows(f"{tmp_path}:main", "train")
     assert place == f"{tmp_path}:main row 1" and row == {"question": Q, "answer": A}
     said = refusal(capsys, f"{inputs} --data {tmp_path} --out {tmp_path}/out")
     assert said.startswith(f"error: {tmp_path}: ") and "main" in said and "other" in said
-
-
-def test_one_long_row_shortens_no_other(inputs, tmp_path, capsys):
-    """One prompt near the window would cut the responses of all rows to what it leaves."""
-    rows = [{"prompt": f"{n}", "response": "b" * 90} for n in range(9)]
-    path = write_jsonl(tmp_path / "x.jsonl", [*rows, {"prompt": "a" * 200, "response": "b"}])
-    model = gsil.parse_args(inputs.split()).model  # its window has 256 tokens
-    data = gsil.read_data(gsil.parse_args(["--model", model, "--data", str(path)]))
-    assert {len(demo["real_ids"]) for demo in data.demos + data.heldout} == {91}
-    assert "1 of 10 rows" in capsys.readouterr().out
