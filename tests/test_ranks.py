@@ -52,9 +52,8 @@ def two(inputs, tmp_path_factory):
     """The folder with a run in one process and one in two, and what the two said."""
     out = tmp_path_factory.mktemp("ranks")
     args = gsil.parse_args(inputs.split())
-    flags = (
-        f"{inputs} --dev {args.data} --heldout {args.data} --temperature 0 --batch 5 --epochs 1 --shift 0.1"
-    )
+    flags = f"{inputs} --dev {args.data} --heldout {args.data} --temperature 0"
+    flags += " --batch 5 --epochs 1 --shift 0.1"
     run(f"{flags} --out {out}/one")
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", __file__]
     command += [args.model, str(out), *flags.split()]
