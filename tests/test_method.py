@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 import gsil
 
 COLUMNS = {"dev", "greedy", "sampled", "habit", "nll", "length", "ended", "seconds"}
-OWN_LOSS = lambda real, generated: (real - 1) ** 2 + (generated + 1) ** 2
+OWN_LOSS = lambda real, generated: gsil.tangent_exp(-real / 2) + gsil.tangent_exp(generated / 2)  # of README
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """README, RESULTS.md, the toy: a command that fails, or a number nobody measured, is what a newcomer meets first."""
 
 import importlib
-import json
 import re
 import shlex
 from functools import partial
@@ -94,14 +93,17 @@ def test_readme_has_the_numbers_that_were_measured():
     assert len(numbers) >= 40 and [number for number in numbers if number not in RESULTS] == []
 
 
-def test_the_toys_files_are_what_make_toy_makes():
-    """The committed files could not be made again, or a question would stand in two of them."""
-    rows = make_toy.make_rows(0)
-    for part in ("demos", "dev", "heldout", "preferences"):
-        made = "".join(json.dumps(row) + "\n" for row in rows[part])
-        assert (ROOT / f"tests/toy/{part}.jsonl").read_text() == made
+def test_the_toys_files_are_what_make_toy_makes(tmp_path):
+    """The committed files could not be made again, be overwritten by another seed, or share a question."""
+    for seed, same in (("0", True), ("1", False)):
+        make_toy.main(make_toy.parse_args(["--data-only", "--seed", seed, "--out", str(tmp_path)]))
+        for part in ("demos", "dev", "heldout", "preferences"):
+            made = (tmp_path / f"{part}.jsonl").read_bytes()
+            assert ((gsil.TOY / f"{part}.jsonl").read_bytes() == made) == same
+    assert make_toy.parse_args(["--seed", "1"]).out.parts[-2:] == ("runs", "toy-1")
+    assert make_toy.parse_args([]).out == gsil.TOY.resolve()
+    rows, perfect = make_toy.make_rows(0), make_toy.make_rows(0, perfect=True)
     questions = [row.get("question", row.get("prompt")) for part in rows.values() for row in part]
     assert len(questions) == len(set(questions)) == sum(make_toy.SIZES.values())
-    perfect = make_toy.make_rows(0, perfect=True)
     assert [row["question"] for row in perfect["demos"]] == [row["question"] for row in rows["demos"]]
     assert all("=" in row["answer"] for row in perfect["demos"]) and perfect["heldout"] == rows["heldout"]
