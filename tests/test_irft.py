@@ -2,7 +2,6 @@
 
 import argparse
 import inspect
-import json
 import math
 import re
 import shutil
@@ -13,7 +12,19 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import byte_tokenizer, tiny_model
-from helpers import EOS, PAIRS, logged, made_pairs, metrics, read_jsonl, refusal, run, table, weights
+from helpers import (
+    EOS,
+    PAIRS,
+    logged,
+    made_pairs,
+    metrics,
+    read_jsonl,
+    refusal,
+    run,
+    table,
+    toy_flags,
+    weights,
+)
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -116,20 +127,18 @@ def test_preferences_join_with_their_weight(reward_folder, tmp_path):
         assert joint == pytest.approx(losses[0] + 0.3 * losses[1], rel=1e-5)  # sums in fp32
 
 
-HH = {"chosen": "\n\nHuman: How many?\n\nAssistant: 3", "rejected": "\n\nHuman: How many?\n\nAssistant: no"}
-
-
 def test_preferences_are_pairs(tokenizer):
     """The two sides would be swapped, or rows be used that cannot be compared."""
     encode = partial(irft.encode_preference, tokenizer=tokenizer, eos_ids={EOS}, window=200)
-    for pair in map(encode, [HH, {"prompt": "How many?", "chosen": "3", "rejected": "no"}]):
+    transcript = "\n\nHuman: How many?\n\nAssistant: "
+    row = {"chosen": f"{transcript}3", "rejected": f"{transcript}no"}
+    for pair in map(encode, [row, {"prompt": "How many?", "chosen": "3", "rejected": "no"}]):
         texts = [tokenizer.decode(pair[f"{part}_ids"]) for part in ("prompt", "real", "generated")]
         assert texts == ["<|user|>\nHow many?</s>\n<|assistant|>\n", "3</s>", "no</s>"]
-    unusable = {"different prompts": HH["rejected"].replace("many", "old"), "columns chosen and": None}
-    unusable["longer than the model's window of 200"] = HH["rejected"] + "no" * 200
-    for says, rejected in unusable.items():
+    unusable = {"different prompts": transcript.replace("many", "old") + "3", "columns chosen and": None}
+    for says, rejected in (unusable | {"longer than the model's window": transcript + "no" * 200}).items():
         with pytest.raises(ValueError, match=says):
-            encode(HH | {"rejected": rejected})
+            encode(row | {"rejected": rejected})
 
 
 # ---- the policy --------------------------------------------------------------------------------------------
@@ -195,13 +204,11 @@ def test_one_chunk_is_a_round_of_gsil_with_spin(inputs, tmp_path):
     assert weights(ours / "round_1") == weights(theirs / "round_1")
 
 
-@pytest.mark.parametrize(
-    "flags, rounds",
-    [
-        (f"--preferences {irft.TOY}/preferences.jsonl --reward-loss linear --ppo-epochs 2 {FAST}", 1),
-        ("--method irft --chunks 4 --loss linear", 4),
-    ],
-)
+METHODS = {f"--preferences {irft.TOY}/preferences.jsonl --reward-loss linear --ppo-epochs 2 {FAST}": 1}
+METHODS |= {"--method irft --chunks 4 --loss linear": 4}
+
+
+@pytest.mark.parametrize("flags, rounds", METHODS.items())
 def test_end_to_end(flags, rounds, inputs, folder, tmp_path):
     """A mode would not reach its table, chunks would not be one pass over the data, and SFT would train all
     weights beside a method that trains LoRA."""
@@ -241,31 +248,24 @@ def test_a_second_round_builds_on_the_first(two_rounds):
         assert (abs(report["kl"]) < 1e-4) == (when == "round 1 before")  # there the policy is the reference
 
 
-# A stopped run has some of these; a stage's folder and a round's pairs are there whole or not at all.
+LOST = {"summary.json", "round_2.jsonl", "round_2_reward", "round_2"}
+
+
 @pytest.mark.parametrize("finished", [[], ["round_2.jsonl"], ["round_2.jsonl", "round_2_reward"]])
 def test_a_second_round_of_a_resumed_run(finished, two_rounds, tmp_path, capsys):
     """A stopped run would end with other weights, or not say what to expect of a later round."""
     out = tmp_path / "out"
-    shutil.copytree(two_rounds, out)
-    for path in out.glob("round_2*"):
-        if path.name not in finished:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-    rows = json.loads((out / "summary.json").read_text())
-    del rows["round 2"]
-    (out / "summary.json").write_text(json.dumps(rows))
+    shutil.copytree(two_rounds, out, ignore=shutil.ignore_patterns(*LOST - {*finished}))
     run(f"--resume {out}", irft)
     for saved in ("round_2", "round_2_reward"):
         assert weights(two_rounds / saved) == weights(out / saved)
     assert metrics(two_rounds) == metrics(out) and table(two_rounds) == table(out)
-    printed, tokenizer, log_odds = capsys.readouterr().out, AutoTokenizer.from_pretrained(out / "round_1"), []
+    printed = capsys.readouterr().out
     assert "warning: rounds do not settle at --kl 0.5" in printed
-    for side in ("generated_ids", "real_ids"):
-        texts = tokenizer.batch_decode([pair[side] for pair in read_jsonl(out / "round_2.jsonl")])
-        share = sum(re.search("^[A-Z]|[0-2]", text) is not None for text in texts) / len(texts)
-        log_odds.append(math.log(share / (1 - share)))
-        assert f" {share:.1%}" in printed
-    prediction = 1 / (1 + math.exp(-log_odds[0] - (log_odds[1] - log_odds[0]) / 0.5))
-    assert f" {prediction:.1%} if" in printed
+    shares = re.search(r"model ([\d.]+)%, demonstrators ([\d.]+)%; predicted ([\d.]+)%", printed).groups()
+    own, theirs, predicted = (float(share) / 100 for share in shares)
+    odds = (theirs / (1 - theirs)) ** (1 / 0.5) * (own / (1 - own)) ** (1 - 1 / 0.5)  # 0.5: --kl
+    assert predicted == pytest.approx(odds / (1 + odds), abs=2e-3)  # of three digits
 
 
 def test_a_sick_round_is_warned_of(inputs, small, tmp_path, capsys):
@@ -273,34 +273,29 @@ def test_a_sick_round_is_warned_of(inputs, small, tmp_path, capsys):
     short = "--baseline none --reward-steps 1 --policy-steps 1 --policy-batch 2"
     run(f"{inputs} {short} --reward-lr 1e-60 --policy-lr 1e-60 --kl 0 --out {tmp_path}/idle", irft)
     assert not re.search("length alone|runs away|1 - 1/", capsys.readouterr().out)
-    data = [f"{small}/{name}.jsonl" for name in ("demos", "dev", "heldout")]
     dev = tmp_path / "dev.jsonl"  # two samples: their rewards and lengths always correlate
-    dev.write_text("".join((small / "dev.jsonl").read_text().splitlines(keepends=True)[:2]))
-    flags = f"--data {data[0]} --dev {dev} --heldout {data[2]} {short} --max-new-tokens 20 --policy-lr 0.3"
-    run(f"{flags} --out {tmp_path}/sick", irft)
+    dev.write_text("".join((small / "dev.jsonl").open().readlines()[:2]))
+    flags = f"--dev {dev} {short} --max-new-tokens 20 --policy-lr 0.3"
+    run(toy_flags(small, tmp_path / "sick") + flags, irft)
     printed = capsys.readouterr().out
     assert "the reward follows length alone" in printed and "the policy runs away" in printed
 
 
-@pytest.mark.parametrize(
-    "flags, says",
-    [
-        ("--group-size 1", "at least 2"),
-        ("--reward-loss linear --reward-penalty 0", "falls forever"),
-        ("--method irft --kl 0.5", "--kl has no use in --method irft"),
-        ("--method irft --chunks 7", "only 5 demonstrations"),
-        ("--reward-model TOKENIZER", "its tokenizer differs"),
-        ("--resume RUN --kl 0.3", "--kl 0.3: the run to resume has 0.5"),
-    ],
-)
-def test_a_mistake_costs_no_samples(flags, says, inputs, folder, two_rounds, tmp_path, monkeypatch, capsys):
+MISTAKES = {
+    "--group-size 1": "at least 2",
+    "--reward-loss linear --reward-penalty 0": "falls forever",
+    "--method irft --kl 0.5": "--kl has no use in --method irft",
+    "--method irft --chunks 7": "only 5 demonstrations",
+    f"--reward-model {irft.TOY}/base": "its tokenizer differs",
+    "--kl 0.3": "--kl 0.3: the run to resume has 0.5",
+}
+
+
+@pytest.mark.parametrize("flags", MISTAKES)
+def test_a_mistake_costs_no_samples(flags, inputs, two_rounds, tmp_path, capsys):
     """A round would be sampled and lost, or a folder be left in the way of the next try."""
-    shutil.copytree(folder, tmp_path / "TOKENIZER")
-    file = tmp_path / "TOKENIZER" / "tokenizer.json"  # in which y and z change places
-    file.write_text(file.read_text().replace('"y"', '"new"').replace('"z"', '"y"').replace('"new"', '"z"'))
-    monkeypatch.chdir(tmp_path)
-    flags = flags.replace("RUN", str(two_rounds))
-    assert says in refusal(capsys, flags if "--resume" in flags else f"{inputs} --out out {flags}", irft)
+    start = f"--resume {two_rounds}" if flags == "--kl 0.3" else f"{inputs} --out {tmp_path}/out"
+    assert MISTAKES[flags] in refusal(capsys, f"{start} {flags}", irft)
     assert not (tmp_path / "out").exists()
 
 
