@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, byte_tokenizer
 
 import eval as ev
 import gsil
@@ -66,6 +66,13 @@ def assistant(text):
     return {"role": "assistant", "content": text}
 
 
+def save(folder, model, tokenizer=None):
+    """Save a model with a tokenizer, by default that of the tests; returns the folder."""
+    model.save_pretrained(folder)
+    (tokenizer or byte_tokenizer()).save_pretrained(folder)
+    return folder
+
+
 def write_jsonl(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
@@ -118,10 +125,9 @@ def weights(folder):
 
 
 def metrics(folder):
-    """metrics.jsonl as {(phase, step): metrics}; after --resume a step may have two lines, of which the last counts."""
-    return {
-        (line.pop("phase"), line.pop("step")): line for line in read_jsonl(Path(folder) / "metrics.jsonl")
-    }
+    """metrics.jsonl as {(phase, step): metrics}; after --resume the last of two lines of a step counts."""
+    lines = read_jsonl(Path(folder) / "metrics.jsonl")
+    return {(line.pop("phase"), line.pop("step")): line for line in lines}
 
 
 def logged(folder, phase):
@@ -133,6 +139,17 @@ def table(folder):
     """summary.json without what the clock says: {row: {column: number or None}}"""
     rows = json.loads((Path(folder) / "summary.json").read_text())
     return {name: {key: row[key] for key in row if key != "seconds"} for name, row in rows.items()}
+
+
+def check_equal(ours, theirs):
+    """The same files with the same weights and pairs, and the same metrics and table but for the clock."""
+    names, expected = ([path.relative_to(out) for path in sorted(out.rglob("*"))] for out in (ours, theirs))
+    assert names == expected
+    for file in theirs.rglob("*.safetensors"):
+        assert weights(ours / file.relative_to(theirs).parent) == weights(file.parent)
+    for file in theirs.glob("round_*.jsonl"):
+        assert (ours / file.name).read_text() == file.read_text()
+    assert metrics(ours) == metrics(theirs) and table(ours) == table(theirs)
 
 
 def finite(values):
@@ -150,15 +167,13 @@ ARC_ROW = {"question": "Which?", "choices": {"text": ["a", "b"], "label": ["A", 
 
 def evaluate(flags):
     """What `python eval.py FLAGS` does: prints tables, returns what --out contains."""
-    return ev.main(ev.parse_args(flags.split()))
+    return run(flags, ev)
 
 
 def refused(capsys, flags, *says):
     """eval.py must end with exit code 2 and one sentence that has all of `says`."""
-    with pytest.raises(SystemExit) as stop:
-        evaluate(flags)
-    sentence = capsys.readouterr().err
-    assert stop.value.code == 2 and "Traceback" not in sentence
+    sentence = refusal(capsys, flags, ev)
+    assert sentence.startswith("error: ")
     for part in says:
         assert part in sentence, sentence
 

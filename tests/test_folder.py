@@ -10,7 +10,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from helpers import as_script, metrics, refusal, run, table, weights
+from helpers import as_script, check_equal, refusal, run
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import AutoConfig
 
@@ -25,17 +25,6 @@ def undisturbed(inputs, tmp_path_factory):
     out = tmp_path_factory.mktemp("undisturbed") / "out"
     run(inputs + FAST + f"--rounds 2 --out {out}")
     return out
-
-
-def check_equal(ours, theirs):
-    """The same files with the same weights and pairs, and the same metrics and table but for the clock."""
-    names, expected = ([path.relative_to(out) for path in sorted(out.rglob("*"))] for out in (ours, theirs))
-    assert names == expected
-    for file in theirs.rglob("*.safetensors"):
-        assert weights(ours / file.relative_to(theirs).parent) == weights(file.parent)
-    for file in theirs.glob("round_*.jsonl"):
-        assert (ours / file.name).read_text() == file.read_text()
-    assert metrics(ours) == metrics(theirs) and table(ours) == table(theirs)
 
 
 def killed(flags):
