@@ -6,7 +6,7 @@ import select
 
 import pytest
 from conftest import byte_tokenizer, tiny_model
-from helpers import GSM_ROW
+from helpers import GSM_ROW, save
 from tokenizers import decoders
 
 import eval as ev
@@ -70,8 +70,7 @@ def test_a_tokenizer_that_removes_blanks(tmp_path, capsys):
     """Right functions would fail, as their first line is no longer indented."""
     tokenizer = byte_tokenizer()
     for warned in False, True:
-        tiny_model().save_pretrained(tmp_path)
-        tokenizer.save_pretrained(tmp_path)
+        save(tmp_path, tiny_model(), tokenizer)
         flags = "--tasks humaneval --allow-code-execution --max-new-tokens 9"
         ev.open_lm(str(tmp_path), ev.parse_args(flags.split()))
         assert ("decoding removes blanks" in capsys.readouterr().out) == warned

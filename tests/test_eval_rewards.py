@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 from conftest import ZEPHYR, byte_tokenizer, tiny_model
-from helpers import GSM_ROW, assistant, evaluate, read_jsonl, refused, user, write_jsonl
+from helpers import GSM_ROW, assistant, evaluate, read_jsonl, refused, save, user, write_jsonl
 from safetensors.torch import save_file
 from tokenizers import processors
 
@@ -37,8 +37,7 @@ def reward_model(folder, pad=1, labels=1, tokenizer=None, eos=1):
     config = tiny_model().config
     config.num_labels, config.pad_token_id, config.eos_token_id = labels, pad, eos
     model = transformers.AutoModelForSequenceClassification.from_config(config).eval()
-    model.save_pretrained(folder)
-    (tokenizer or byte_tokenizer()).save_pretrained(folder)
+    save(folder, model, tokenizer)
     return model
 
 
@@ -110,9 +109,8 @@ def test_a_reward_model_of_the_papers(tmp_path, inputs, capsys):
     for texts, name in ((said, "rewards"), (rows, "other_rewards")):
         expected = [score(f"BEGINNING OF CONVERSATION: USER: {q} ASSISTANT:{a.strip()}") for q, a in texts]
         assert len({*expected}) > 1  # it shifts every reward by the same number; float32 sums
-        assert [value + bias for value in outcome["duel"][name]] == pytest.approx(
-            expected, rel=1e-4, abs=1e-5
-        )
+        found = [value + bias for value in outcome["duel"][name]]
+        assert found == pytest.approx(expected, rel=1e-4, abs=1e-5)
     rm = ev.load_reward_model(ev.parse_args(["--reward-model", str(tmp_path), "--reward-template", "beaver"]))
     row = {"messages": [user("Hi"), assistant("Yes?"), user("1+1?"), assistant("2")]}
     (value,) = ev.rewards(rm, [{"demo": gsil.encode(row, rm.tokenizer, {1})}])
@@ -125,21 +123,25 @@ def test_win_rate(inputs, tmp_path):
     reward_model(tmp_path)
     flags = f"{inputs} --tasks reward --reward-model {tmp_path}"
     outcome = evaluate(flags)
-    duel, samples = outcome["duel"], outcome["samples"]["reward"]
-    a, b = duel["rewards"], duel["other_rewards"]
-    answers = [row["answer"] for row in read_jsonl(inputs.split()[3])]
-    differences = [x - y for x, y in zip(a, b, strict=True)]
-    wins = sum(x > 0 for x in differences)
-    assert (duel["n"], duel["against"], duel["ties"]) == (6, "the data", 0)
-    assert duel["wins"] == wins and duel["win_rate"] == wins / 6
-    assert (duel["reward"], duel["other_reward"]) == (fmean(a), fmean(b))
-    assert duel["difference"] == pytest.approx(fmean(differences))
-    assert duel["half_width"] == pytest.approx(1.96 * stdev(differences) / math.sqrt(6))
-    assert duel["characters"] == fmean(len(sample["responses"][0].strip()) for sample in samples)
-    assert duel["other_characters"] == fmean(map(len, answers))
+    ours, theirs = outcome["duel"].pop("rewards"), outcome["duel"].pop("other_rewards")
+    differences = [a - b for a, b in zip(ours, theirs, strict=True)]
+    wins = sum(difference > 0 for difference in differences)
+    lengths = [len(sample["responses"][0].strip()) for sample in outcome["samples"]["reward"]]
+    expected = {
+        "n": 6,
+        "against": "the data",
+        "wins": wins,
+        "ties": 0,
+        "win_rate": wins / 6,
+        "mcnemar_p": None,
+    }
+    expected |= {"reward": fmean(ours), "other_reward": fmean(theirs), "difference": fmean(differences)}
+    expected |= {"half_width": 1.96 * stdev(differences) / math.sqrt(6), "characters": fmean(lengths)}
+    expected |= {"other_characters": fmean(len(row["answer"]) for row in read_jsonl(inputs.split()[3]))}
+    assert outcome["duel"] == {key: pytest.approx(value) for key, value in expected.items()}
     same = evaluate(f"{flags} --compare {inputs.split()[1]}")["duel"]
     assert (same["ties"], same["wins"], same["win_rate"]) == (6, 0, 0)
-    assert same["other_rewards"] == a and same["against"] == inputs.split()[1]
+    assert same["other_rewards"] == ours and same["against"] == inputs.split()[1]
 
 
 BENCH = {83: ("writing", 0.7), 81: ("new", 0.7), 82: ("math", 0), 84: ("stem", 0.1)}  # and its temperature
@@ -164,10 +166,6 @@ def test_mt_bench_writes_what_fastchat_reads(inputs, tmp_path, capsys):
             expected.append(tokenizer.decode(ids).removesuffix("</s>").strip())
             turns.append(assistant(expected[-1]))  # the second question sees the first answer
         assert answer["choices"] == [{"index": 0, "turns": expected}]
-    byte_tokenizer("{{ messages[0].content }}").save_pretrained(tmp_path)  # has no place for more turns
-    tiny_model().save_pretrained(tmp_path)
-    refused(
-        capsys,
-        f"{flags} --model {tmp_path} --answers {file}2",
-        "row 1: the chat template changes or drops a turn",
-    )
+    save(tmp_path, tiny_model(), byte_tokenizer("{{ messages[0].content }}"))  # has no place for more turns
+    flags += f" --model {tmp_path} --answers {file}2"
+    refused(capsys, flags, "row 1: the chat template changes or drops a turn")

@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 from conftest import byte_tokenizer, tiny_model
-from helpers import EOS, as_script, read_jsonl, refusal, run, user, write_jsonl
+from helpers import EOS, as_script, assistant, read_jsonl, refusal, run, save, user, write_jsonl
 from tokenizers.processors import TemplateProcessing
 
 import eval as ev
@@ -112,15 +112,12 @@ def test_a_model_that_cannot_be_used_is_one_sentence_before_any_work(inputs, tmp
     assert said.startswith("error: nobody/nothing: ") and "Hub" in said
 
 
-@pytest.mark.parametrize(
-    "listed, expected", [([EOS, 2], {EOS, 2}), (2, {EOS, 2}), (EOS, {EOS}), (None, {EOS})]
-)
+@pytest.mark.parametrize("listed, expected", [([EOS, 2], {EOS, 2}), (2, {EOS, 2}), (None, {EOS})])
 def test_every_eos_the_model_lists_ends_a_response(listed, expected, inputs, tmp_path, tokenizer):
     """A chat model's samples would run on to the cap, as its turns may end by another id than the tokenizer's."""
     model = tiny_model()
     model.generation_config.eos_token_id = listed
-    model.save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
+    save(tmp_path, model, tokenizer)
     assert gsil.read_data(gsil.parse_args([*inputs.split(), "--model", str(tmp_path)])).eos_ids == expected
 
 
@@ -131,12 +128,10 @@ def test_a_prompt_template_is_used_and_saved(bos, tmp_path, capsys):
     if bos:
         first = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
         tokenizer.backend_tokenizer.post_processor = first
-    tokenizer.save_pretrained(tmp_path / "model")
-    tiny_model().save_pretrained(tmp_path / "model")
     data = write_jsonl(tmp_path / "x.jsonl", [{"prompt": "a {b}", "response": "c"}] * 4)
-    flags = f"--model {tmp_path}/model --data {data} --baseline none --max-new-tokens 9 --out {tmp_path}/run"
-    template = ["--prompt-template", r"Q:\t{prompt}\n A: "]
-    run([*flags.split(), *template])
+    flags = f"--model {save(tmp_path / 'model', tiny_model(), tokenizer)} --data {data} --baseline none"
+    template = ["--max-new-tokens", "9", "--prompt-template", r"Q:\t{prompt}\n A: "]
+    run([*flags.split(), "--out", f"{tmp_path}/run", *template])
     pair = read_jsonl(tmp_path / "run/round_1.jsonl")[0]
     assert pair["prompt"] == bos + "Q:\ta {b}\n A: "
     assert pair["prompt_ids"] == tokenizer(pair["prompt"], add_special_tokens=False).input_ids
@@ -144,10 +139,8 @@ def test_a_prompt_template_is_used_and_saved(bos, tmp_path, capsys):
     saved = transformers.AutoTokenizer.from_pretrained(tmp_path / "run/round_1")
     asked = saved.apply_chat_template([user("a {b}")], tokenize=False, add_generation_prompt=True)
     assert asked == pair["prompt"]
-    turns = [user("a"), {"role": "assistant", "content": "b"}] * 2
-    write_jsonl(data, [{"messages": turns}] * 4)
-    said = refusal(capsys, [*flags.split(), "--out", f"{tmp_path}/two", *template])
-    assert "--prompt-template" in said and not (tmp_path / "two").exists()
+    write_jsonl(data, [{"messages": [user("a"), assistant("b")] * 2}] * 4)
+    assert "--prompt-template" in refusal(capsys, [*flags.split(), *template])
 
 
 PRINTING = [(gsil, "--rounds 0 --out {}/é", "/\\xe9"), (ev, "--compare {model}", "\\xb1")]
