@@ -16,7 +16,8 @@ import eval as ev
 SIZES = {"vocab_size": 260, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 8}
 SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256}
 SIZES |= {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
-KINDS = {  # learned, rotary and ALiBi positions; windows shorter than the context; other states than keys
+# Learned, rotary and ALiBi positions; windows shorter than the context; other states than keys
+KINDS = {
     "GPT2": {},
     "Bloom": {},
     "Gemma2": {"sliding_window": 8},
@@ -158,13 +159,10 @@ def test_prompts_that_lose_their_beginning_are_counted(short, tmp_path):
 def test_windows():
     """Prompts would be cut elsewhere than in lm_eval, or longrope would mix up the rows of a batch."""
     longrope = {"rope_type": "longrope", "original_max_position_embeddings": 44}
-    for config, window in [
-        ({"n_positions": 11}, 11),
-        ({"max_position_embeddings": 22}, 22),
-        ({"text_config": SimpleNamespace(max_position_embeddings=33)}, 33),
-        ({"max_position_embeddings": 512, "rope_parameters": longrope}, 44),
-        ({}, 77),
-    ]:
+    wrapper = {"text_config": SimpleNamespace(max_position_embeddings=33)}
+    configs = {11: {"n_positions": 11}, 22: {"max_position_embeddings": 22}, 33: wrapper, 77: {}}
+    configs |= {44: {"max_position_embeddings": 512, "rope_parameters": longrope}}
+    for window, config in configs.items():
         assert ev.find_window(SimpleNamespace(**config), SimpleNamespace(model_max_length=77)) == window
     assert ev.find_window(SimpleNamespace(), SimpleNamespace(model_max_length=int(1e30))) == 2048
 

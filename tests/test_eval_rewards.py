@@ -44,16 +44,16 @@ def reward_model(folder, pad=1, labels=1, tokenizer=None, eos=1):
 @pytest.mark.parametrize("pad", [1, 0, None])
 def test_a_reward_is_read_at_the_end_of_the_training_text(pad, tmp_path):
     """A reward read at another token than it was fitted at, as where EOS is also the pad, would be noise."""
-    tokenizer, eos_ids = byte_tokenizer(ZEPHYR.replace("</s>", "<|end|>")), {1, 2}
+    tokenizer = byte_tokenizer(ZEPHYR.replace("</s>", "<|end|>"))
     model = reward_model(tmp_path, pad, tokenizer=tokenizer, eos=[1, 2])  # as irft.py saves it
-    demo = gsil.encode(GSM_ROW, tokenizer, eos_ids)
-    prompt, answers = demo["prompt_ids"], (GSM_ROW["answer"], " 3", "3 <|end|> 4", "")
+    demo = gsil.encode(GSM_ROW, tokenizer, {1, 2})
     problems = [{"turns": [user(GSM_ROW["question"])], "demo": demo}] * 4
     loaded = ev.load_reward_model(ev.parse_args(["--reward-model", str(tmp_path)]))
     ends = [demo["real_ids"], *[[*tokenizer(text).input_ids, 2] for text in ("3", "3", "")]]
-    values = ev.rewards(loaded, problems, answers) + ev.rewards(loaded, problems[:1])
-    for ids, value in zip([*ends, ends[0]], values, strict=True):
-        hidden = model.model(torch.tensor([prompt + ids])).last_hidden_state
+    values = ev.rewards(loaded, problems, [GSM_ROW["answer"], " 3", "3 <|end|> 4", ""])
+    assert values[0] == pytest.approx(ev.rewards(loaded, problems[:1])[0], rel=1e-4)  # of the demonstration
+    for ids, value in zip(ends, values, strict=True):
+        hidden = model.model(torch.tensor([demo["prompt_ids"] + ids])).last_hidden_state
         expected = (model.score.weight @ hidden[0, -1]).item()
         assert value == pytest.approx(expected, rel=1e-4)  # float32 sums in another order
     assert ev.rewards(loaded, problems, ["<image>", "3" * 300, "", ""]) == [values[3]] * 4  # as an empty one
@@ -98,24 +98,19 @@ def beaver_model(folder):
     return score, head.bias.item()
 
 
-def test_a_reward_model_of_the_papers(tmp_path, inputs, capsys):
+def test_a_reward_model_of_the_papers(tmp_path):
     """The reward model of the papers, with other names and another format, would be refused or be random."""
     score, bias = beaver_model(tmp_path)
-    flags = f"{inputs} --tasks reward --reward-model {tmp_path}"
-    refused(capsys, flags, "need a default chat template", "--reward-template")
-    outcome = evaluate(f"{flags} --reward-template beaver")
-    rows = [(row["question"], row["answer"]) for row in read_jsonl(inputs.split()[3])]
-    said = [(q, sample["responses"][0]) for (q, _), sample in zip(rows, outcome["samples"]["reward"])]
-    for texts, name in ((said, "rewards"), (rows, "other_rewards")):
-        expected = [score(f"BEGINNING OF CONVERSATION: USER: {q} ASSISTANT:{a.strip()}") for q, a in texts]
-        assert len({*expected}) > 1  # it shifts every reward by the same number; float32 sums
-        found = [value + bias for value in outcome["duel"][name]]
-        assert found == pytest.approx(expected, rel=1e-4, abs=1e-5)
     rm = ev.load_reward_model(ev.parse_args(["--reward-model", str(tmp_path), "--reward-template", "beaver"]))
-    row = {"messages": [user("Hi"), assistant("Yes?"), user("1+1?"), assistant("2")]}
-    (value,) = ev.rewards(rm, [{"demo": gsil.encode(row, rm.tokenizer, {1})}])
-    text = "BEGINNING OF CONVERSATION: USER: Hi ASSISTANT:Yes?</s>USER: 1+1? ASSISTANT:2"
-    assert value + bias == pytest.approx(score(text), rel=1e-4, abs=1e-5)
+    turns = [user("Hi"), assistant("Yes?"), user("1+1?")]
+    problem = {"turns": turns, "demo": gsil.encode({"messages": [*turns, assistant("2")]}, rm.tokenizer, {1})}
+    found = ev.rewards(rm, [problem]) + ev.rewards(rm, [problem], [" 3 "])
+    text = "BEGINNING OF CONVERSATION: USER: Hi ASSISTANT:Yes?</s>USER: 1+1? ASSISTANT:"
+    # The bias shifts every reward by the same number; float32 sums.
+    assert [value + bias for value in found] == pytest.approx(
+        [score(text + "2"), score(text + "3")], rel=1e-4
+    )
+    assert abs(found[0] - found[1]) > 1e-2
 
 
 def test_win_rate(inputs, tmp_path):
@@ -127,17 +122,11 @@ def test_win_rate(inputs, tmp_path):
     differences = [a - b for a, b in zip(ours, theirs, strict=True)]
     wins = sum(difference > 0 for difference in differences)
     lengths = [len(sample["responses"][0].strip()) for sample in outcome["samples"]["reward"]]
-    expected = {
-        "n": 6,
-        "against": "the data",
-        "wins": wins,
-        "ties": 0,
-        "win_rate": wins / 6,
-        "mcnemar_p": None,
-    }
+    answers = [row["answer"] for row in read_jsonl(inputs.split()[3])]
+    expected = {"n": 6, "against": "the data", "wins": wins, "ties": 0, "win_rate": wins / 6}
     expected |= {"reward": fmean(ours), "other_reward": fmean(theirs), "difference": fmean(differences)}
-    expected |= {"half_width": 1.96 * stdev(differences) / math.sqrt(6), "characters": fmean(lengths)}
-    expected |= {"other_characters": fmean(len(row["answer"]) for row in read_jsonl(inputs.split()[3]))}
+    expected |= {"half_width": 1.96 * stdev(differences) / math.sqrt(6), "mcnemar_p": None}
+    expected |= {"characters": fmean(lengths), "other_characters": fmean(map(len, answers))}
     assert outcome["duel"] == {key: pytest.approx(value) for key, value in expected.items()}
     same = evaluate(f"{flags} --compare {inputs.split()[1]}")["duel"]
     assert (same["ties"], same["wins"], same["win_rate"]) == (6, 0, 0)
