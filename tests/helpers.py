@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, byte_tokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import eval as ev
 import gsil
@@ -30,6 +31,28 @@ def naive_logp(model, prompt, response):
             logits = model(torch.tensor([prompt + response[:i]])).logits[0, -1]
         total += logits.log_softmax(-1)[token].item()
     return total
+
+
+@torch.no_grad()
+def greedy(model, prompt, n, ends):
+    """The argmax of one unpadded sequence at a time, without a cache."""
+    ids = list(prompt)
+    while len(ids) < len(prompt) + n and (len(ids) == len(prompt) or ids[-1] not in ends):
+        ids.append(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax().item())
+    return ids[len(prompt) :]
+
+
+def random_model(kind, **settings):
+    """A model of any type, far from uniform, so that a position or a state that is wrong shows."""
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 256, "vocab_size": 300}
+    sizes |= {"bos_token_id": 0, "eos_token_id": EOS, "pad_token_id": EOS}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes | settings)).eval()
+    for name, weight in model.named_parameters():
+        if weight.dim() == 2 or name.endswith("bias"):
+            torch.nn.init.normal_(weight, std=0.2)
+    return model
 
 
 def made_pairs(model, n=7, seed=0):

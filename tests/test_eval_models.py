@@ -7,46 +7,40 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from conftest import byte_tokenizer, tiny_model
-from helpers import ARC_ROW, GSM_ROW, evaluate, lm_of, naive_logp, refused, save, write_jsonl
+from conftest import ZEPHYR, byte_tokenizer, tiny_model
+from helpers import (
+    ARC_ROW,
+    GSM_ROW,
+    evaluate,
+    greedy,
+    lm_of,
+    naive_logp,
+    random_model,
+    refused,
+    save,
+    write_jsonl,
+)
 from safetensors.torch import save_file
 
 import eval as ev
 
-SIZES = {"vocab_size": 260, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 8}
-SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256}
-SIZES |= {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
 # Learned, rotary and ALiBi positions; windows shorter than the context; other states than keys
 KINDS = {
-    "GPT2": {},
-    "Bloom": {},
-    "Gemma2": {"sliding_window": 8},
-    "Lfm2": {"layer_types": ["conv", "full_attention"]},
+    "gpt2": {},
+    "bloom": {},
+    "gemma2": {"sliding_window": 8},
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
 }
-
-
-def build_model(kind, more):
-    """A random model whose next tokens are far from uniform, so that a state or position off shows."""
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{kind}Config")(**SIZES | more)
-    model = transformers.AutoModelForCausalLM.from_config(config).eval()
-    for weight in (weight for weight in model.parameters() if weight.dim() == 2):
-        torch.nn.init.normal_(weight, std=0.15)
-    return model
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_in_batches_as_alone(kind):
     """Pads, neighbours in the batch or a cache could leak into a response, unlike in a plain loop."""
-    lm, rng = lm_of(build_model(kind, KINDS[kind]), byte_tokenizer()), random.Random(0)
+    lm, rng = lm_of(random_model(kind, **KINDS[kind]), byte_tokenizer()), random.Random(0)
     prompts = [rng.choices(range(3, 250), k=n) for n in (3, 12, 12, 30, 7)]
     for prompt, (text, was_cut) in zip(prompts, ev.generate(lm, prompts, [], 8, 0, 3), strict=True):
-        ids = list(prompt)
-        while len(ids) < len(prompt) + 8 and ids[-1] != 1:
-            with torch.no_grad():
-                ids.append(lm.model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax().item())
-        assert text == lm.tokenizer.decode(ids[len(prompt) :], skip_special_tokens=True)
-        assert was_cut == (ids[-1] != 1)
+        ids = greedy(lm.model, prompt, 8, {1})
+        assert text == lm.tokenizer.decode(ids, skip_special_tokens=True) and was_cut == (ids[-1] != 1)
     pairs = [(prompt, rng.choices(range(3, 250), k=k)) for prompt in prompts[2:] for k in (1, 5, 3)]
     for (context, rest), value in zip(pairs, ev.loglikelihoods(lm, pairs), strict=True):
         # sums of float32 in another order
@@ -63,12 +57,10 @@ def saved(folder, model=None, **changes):
 
 def test_models_that_a_batch_changes_are_refused(tmp_path, capsys):
     """Pads would change Mamba's states and RoBERTa's positions, and RWKV would mix up the rows of a batch."""
-    for kind, more, says in [
-        ("Mamba", {"state_size": 8}, "mamba has no key-value cache"),
-        ("Rwkv", {"attention_hidden_size": 32}, "rwkv has no key-value cache"),
-        ("Roberta", {"is_decoder": True}, "cannot use roberta: padding"),
-    ]:
-        model = build_model(kind, more).bfloat16()  # which rounds by more than the trial allows
+    no_cache = "no key-value cache"
+    for kind, says in (("mamba", no_cache), ("rwkv", no_cache), ("roberta", "cannot use roberta: padding")):
+        model = random_model(kind, is_decoder=True, state_size=8, attention_hidden_size=32)
+        model.bfloat16()  # which rounds by more than the trial allows
         refused(capsys, f"--model {saved(tmp_path, model)} --limit 1", says)
 
 
@@ -98,6 +90,9 @@ def test_models_that_cannot_be_asked(tmp_path, capsys):
     model = saved(tmp_path / "untemplated", chat_template=None)
     refused(capsys, f"--model {model} --tasks gsm8k --chat --shots 0 {gsm}", "chat template")
     refused(capsys, f"--model {model} {gsm}", "chat template")
+    model = saved(tmp_path / "named", chat_template={"rag": ZEPHYR, "tools": ZEPHYR})
+    refused(capsys, f"--model {model} {gsm}", f"{model}: ", "need a default chat template", "rag", "tools")
+    assert evaluate(f"--model {model} {gsm} --tasks gsm8k --shots 0")["results"]  # which does not ask in one
     refused(capsys, f"--model {saved(tmp_path / 'endless', eos_token=None, pad_token=None)} {gsm}", "EOS")
     broken = tiny_model()
     broken.lm_head.weight.data[5, 0] = math.nan
@@ -174,8 +169,8 @@ def test_a_shared_beginning_is_read_once():
     pairs = [(examples + rest, continuation) for rest in rests for continuation in ([5], [6], [7, 8, 9])]
     pairs += [([4] * 20, [5, 6]), ([4] * 20, [7])]  # nothing in common with those before
     pairs += [([4] * n, [5, n]) for n in (21, 18)]  # one goes on where the other ends
-    for kind, more, read in [("Gemma2", {"sliding_window": 8}, 49), ("GPT2", {}, 9), ("Gemma2", {}, 9)]:
-        lm, shapes = lm_of(build_model(kind, more)), []
+    for kind, more, read in [("gemma2", {"sliding_window": 8}, 49), ("gpt2", {}, 9), ("gemma2", {}, 9)]:
+        lm, shapes = lm_of(random_model(kind, **more)), []
         lm.model.register_forward_pre_hook(lambda _, inputs, shapes=shapes: shapes.append(inputs[0].shape))
         values = ev.loglikelihoods(lm, pairs)
         assert [shapes[0], shapes[1], shapes[4]] == [(1, 49), (3, 2), (1, read)] and shapes[8] == (1, 20)
@@ -187,16 +182,15 @@ def test_a_shared_beginning_is_read_once():
 
 def test_what_counts_of_a_generation_config(tmp_path):
     """Three responses to one problem would go to three problems, or a pad be penalized as a repetition."""
-    model = tiny_model()
-    model.generation_config.update(repetition_penalty=3.0)
-    folder = saved(tmp_path, model)
-    assert responses_of(folder) == responses_of(folder, "--batch-size 1")
-    model = tiny_model()
+    model, plain = tiny_model(), saved(tmp_path / "plain")
     model.generation_config.update(num_return_sequences=3, return_dict_in_generate=True, num_beams=3)
     model.generation_config.update(min_p=0.5, typical_p=0.5, max_length=7, do_sample=True)
-    odd, plain = saved(tmp_path / "odd", model), saved(tmp_path / "plain")
+    odd = saved(tmp_path / "odd", model)
     for flags in "", "--temperature 1":
         assert responses_of(odd, flags) == responses_of(plain, flags)
+    model.generation_config.update(repetition_penalty=3.0)
+    penalized = responses_of(saved(tmp_path / "odd", model))
+    assert penalized == responses_of(odd, "--batch-size 1") != responses_of(plain)
 
 
 def test_own_tasks_end_at_an_eos_token_that_is_not_special(tmp_path):
@@ -214,19 +208,6 @@ def test_own_tasks_end_at_an_eos_token_that_is_not_special(tmp_path):
     prompt = tokenizer(sample["prompt"]).input_ids
     model.generation_config.repetition_penalty = None
     assert ev.generate(lm_of(model, tokenizer), [prompt], [], 9, 0, 1) == [(before + end, False)]
-
-
-def test_templates_by_name(tmp_path, capsys):
-    """A tokenizer with several templates and no default would be asked in one that nobody chose."""
-    named = {"rag": byte_tokenizer().chat_template, "tools": byte_tokenizer().chat_template}
-    folder, rows = tmp_path / "named", write_jsonl(tmp_path / "x.jsonl", [GSM_ROW])
-    flags = f"--model {saved(folder, chat_template=named)} --max-new-tokens 4 --data {rows}"
-    for more in "", " --tasks gsm8k --shots 0 --chat":
-        refused(capsys, flags + more, f"{folder}: ", "need a default chat template", "rag", "tools")
-    refused(capsys, f"{flags} --compare {folder} --model {saved(tmp_path / 'good')}", f"{folder}: ")
-    assert evaluate(f"{flags} --tasks gsm8k --shots 0")["results"]  # which does not ask in one
-    saved(folder, chat_template=named | {"default": byte_tokenizer().chat_template})
-    assert evaluate(flags)["samples"]["answers"][0]["prompt"].endswith("<|assistant|>\n")
 
 
 def test_a_tokenizer_with_more_ids_than_the_model(tmp_path, capsys):

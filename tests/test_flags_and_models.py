@@ -1,19 +1,16 @@
 """The edges of gsil.py: flags and models. A person's mistake is one sentence, before any work."""
 
-import io
 import json
 import math
 import os
-import sys
 
 import pytest
 import torch
 import transformers
 from conftest import byte_tokenizer, tiny_model
-from helpers import EOS, as_script, assistant, read_jsonl, refusal, run, save, user, write_jsonl
+from helpers import EOS, assistant, random_model, read_jsonl, refusal, run, save, user, write_jsonl
 from tokenizers.processors import TemplateProcessing
 
-import eval as ev
 import gsil
 import irft
 
@@ -47,45 +44,42 @@ def test_flags_out_of_range_are_refused_by_name(capsys):
 def unusable_models(folder):
     """Makes of the folder one model after the other that cannot be used; yields what must be said of it."""
 
-    def save(model, **values):
+    def change(model, **values):
         model.save_pretrained(folder)
         config = json.loads((folder / "config.json").read_text()) | values
         (folder / "config.json").write_text(json.dumps(config))
 
     byte_tokenizer().save_pretrained(folder)
     # These load without an error, but not as what they are:
-    save(tiny_model(), quantization_config={"quant_method": "fp8"})
+    change(tiny_model(), quantization_config={"quant_method": "fp8"})
     yield "quantized"
-    save(tiny_model(), num_hidden_layers=1)  # weights that nobody would use
+    change(tiny_model(), num_hidden_layers=1)  # weights that nobody would use
     yield "model.layers.1."
-    save(tiny_model(), num_hidden_layers=3)
+    change(tiny_model(), num_hidden_layers=3)
     yield "model.layers.2."
-    save(tiny_model(), vocab_size=310)
+    change(tiny_model(), vocab_size=310)
     yield "lm_head.weight"
     (folder / "adapter_config.json").write_text("{}")
     yield "adapter"
     (folder / "adapter_config.json").unlink()
-    sizes = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 1, "initializer_range": 0.2}
-    roberta = {"num_attention_heads": 4, "intermediate_size": 64, "max_position_embeddings": 260}
-    roberta = transformers.RobertaConfig(**sizes, **roberta, is_decoder=True, pad_token_id=0)
-    save(transformers.RobertaForCausalLM(roberta))
+    change(random_model("roberta", is_decoder=True))
     yield "padding or cache"  # it counts positions from the padding
-    save(transformers.MambaForCausalLM(transformers.MambaConfig(**sizes)))
+    change(random_model("mamba", state_size=8))
     yield "mamba"
     model = tiny_model()
     model.model.layers[1].mlp.up_proj.weight.data[0, 0] = math.nan
-    save(model)
+    change(model)
     yield "nan"
     # These do not load:
     transformers.T5Config(vocab_size=300).save_pretrained(folder)
     yield "no causal language model can be loaded"
-    save(model)
+    change(model)
     os.truncate(folder / "model.safetensors", 1000)
     yield "no causal language model can be loaded"
     (folder / "model.safetensors").unlink()
     torch.save({"model.norm.weight": folder}, folder / "pytorch_model.bin")
     yield "no causal language model can be loaded"  # a pickle with more than tensors can run code
-    save(tiny_model())
+    change(tiny_model())
     (folder / "chat_template.jinja").unlink()
     yield "its tokenizer has no chat template; give a --prompt-template"
     tokenizer = byte_tokenizer()
@@ -141,20 +135,6 @@ def test_a_prompt_template_is_used_and_saved(bos, tmp_path, capsys):
     assert asked == pair["prompt"]
     write_jsonl(data, [{"messages": [user("a"), assistant("b")] * 2}] * 4)
     assert "--prompt-template" in refusal(capsys, [*flags.split(), *template])
-
-
-PRINTING = [(gsil, "--rounds 0 --out {}/é", "/\\xe9"), (ev, "--compare {model}", "\\xb1")]
-
-
-@pytest.mark.parametrize("script, flags, letter", PRINTING)
-def test_a_terminal_without_the_letter(script, flags, letter, inputs, tmp_path, monkeypatch, capsys):
-    """A UnicodeEncodeError would end a run at the first é of a sample, or hours of work at the ± of a table."""
-    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
-    monkeypatch.setattr(sys, "stdout", terminal)
-    flags = inputs + flags.format(tmp_path, model=gsil.parse_args(inputs.split()).model)
-    as_script(flags, monkeypatch, capsys, script)
-    terminal.flush()
-    assert letter in terminal.buffer.getvalue().decode("ascii")
 
 
 def test_a_warmup_without_an_end_is_refused(inputs, tmp_path, capsys):

@@ -12,9 +12,21 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import byte_tokenizer, tiny_model
-from helpers import EOS, PAIRS, check_equal, logged, made_pairs, read_jsonl, refusal, run, table, toy_flags
+from helpers import (
+    EOS,
+    PAIRS,
+    check_equal,
+    logged,
+    made_pairs,
+    random_model,
+    read_jsonl,
+    refusal,
+    run,
+    table,
+    toy_flags,
+)
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import gsil
 import irft
@@ -291,10 +303,7 @@ def test_a_mistake_costs_no_samples(flags, inputs, two_rounds, tmp_path, capsys)
 @pytest.mark.parametrize("kind, layers", [("llama", 7), ("phi3", 4), ("gpt2", 4)])  # plain, fused, Conv1D
 def test_lora_starts_as_the_model_itself_and_merges_into_it(kind, layers, tmp_path):
     """Policy and reference would differ at first, a layer stay untrained, or the saved model do something else."""
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    sizes |= {"vocab_size": 300, "initializer_range": 0.2, "pad_token_id": None}
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes)).eval()
+    model = random_model(kind)
     before = irft.response_logps(model, PAIRS)
     irft.add_lora(model, 3, "a seed")
     trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
