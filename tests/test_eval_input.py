@@ -2,11 +2,8 @@
 are read is tested in test_data.py, as eval.py takes that from gsil.py."""
 
 import json
-import subprocess
-import sys
 
 import pytest
-from conftest import ROOT
 from helpers import ARC_ROW, GSM_ROW, evaluate, refused, write_jsonl
 
 SWAG_ROW = {"activity_label": "Tea", "ctx_a": "A man", "ctx_b": "", "endings": ["a", "[step]"], "label": "0"}
@@ -81,16 +78,6 @@ def test_bad_flags(flags, says, capsys):
     refused(capsys, flags, "error: ", says)
 
 
-def test_as_a_command(tmp_path):
-    """A mistake would end in a traceback, or --help would wait for libraries that it does not need."""
-    command = [sys.executable, f"{ROOT}/eval.py", "--out", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 2 and f"error: {tmp_path}: File exists" in done.stderr
-    lines = ["import sys, eval", "eval.parse_args([])", "print({'datasets', 'scipy'} & {*sys.modules})"]
-    command = [sys.executable, "-c", "; ".join(lines)]
-    assert subprocess.check_output(command, cwd=ROOT, text=True) == "set()\n"
-
-
 @pytest.mark.parametrize("name", ["out", "answers"])
 def test_no_file_is_overwritten_or_left_behind(name, tmp_path, capsys):
     """A result of hours, or of a second run at once, would be lost; that of a refused run be in the way."""
@@ -100,7 +87,6 @@ def test_no_file_is_overwritten_or_left_behind(name, tmp_path, capsys):
     refused(capsys, f"--{name} /dev/null", "/dev/null: File exists")
     refused(capsys, f"--{name} {tmp_path}/no/x.json", "No such file or directory")
     refused(capsys, f"--{name} {tmp_path}/x.json --model nowhere --limit 1", "nowhere")
-    refused(
-        capsys, f"--{name} {tmp_path}/x.jsonl --data {tmp_path}/x.jsonl", "no rows"
-    )  # it is there already
+    new = f"{tmp_path}/x.jsonl"
+    refused(capsys, f"--{name} {new} --data {new}", "no rows")  # as it is there already
     assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]

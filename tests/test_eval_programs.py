@@ -43,9 +43,8 @@ def test_programs_see_no_secrets_and_leave_nothing(tmp_path, monkeypatch):
     """A program could send the user's keys away, or leave a process that goes on after its score."""
     monkeypatch.setenv("HF_TOKEN", "secret")
     assert ev.passes("import os\nassert 'HF_TOKEN' not in os.environ")
-    assert ev.passes(
-        "import os, tempfile\nassert os.path.samefile(os.environ['HOME'], tempfile.gettempdir())"
-    )
+    at_home = "assert os.path.samefile(os.environ['HOME'], tempfile.gettempdir())"
+    assert ev.passes(f"import os, tempfile\n{at_home}")
     path = tmp_path / "pipe"
     os.mkfifo(path)
     pipe = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
@@ -59,9 +58,8 @@ def test_programs_see_no_secrets_and_leave_nothing(tmp_path, monkeypatch):
 def test_programs_may_start_threads_and_processes():
     """A right program would fail for every user but root, whom no limit of processes binds."""
     for target in "threading.Thread", "multiprocessing.get_context('fork').Process":
-        program = (
-            f"import multiprocessing, threading\nmore = {target}(target=print)\nmore.start()\nmore.join()\n"
-        )
+        program = f"import multiprocessing, threading\nmore = {target}(target=print)\n"
+        program += "more.start()\nmore.join()\n"
         limit = "resource.getrlimit(resource.RLIMIT_NPROC)[0]"
         assert ev.passes(f"{program}import resource\nassert 256 < {limit} < 1e6")
 

@@ -28,17 +28,14 @@ def test_predictions():
     found = [formula(kinds, problems, 0.3) for formula in (toy.per_steps, toy.one_shift, toy.pooled)]
     assert found == pytest.approx([0.9865, 0.9769, 0.9827], abs=1e-4)  # four digits
     assert toy.per_steps(kinds, problems, 0.5, rounds=2) == pytest.approx(0.3, abs=1e-9)  # back at the start
-    assert toy.steps_of("Ava has 7 eggs . Ava buys 4 more . Ava gives away 1 . how many does Ava have ?") == 2
-
-
-def test_the_prediction_of_a_mean():
-    """The odds of a mean are not the mean of odds, so the prediction is made per number of steps."""
-    problems = ((2, True), (3, False), (4, False), (4, True))
-    heldout = [{"steps": steps} for steps, _ in problems]
-    demos = [{"steps": steps, "works": works} for steps, works in problems]
-    by_steps = pretrained.shares({"heldout": heldout, "demos": demos}, [0.2, 0.5, 0.5, 0.5])
+    # The prediction of a mean is made per number of steps, because the odds of a mean are not the mean of odds.
+    rows = [
+        {"steps": steps, "works": works} for steps, works in ((2, True), (3, False), (4, False), (4, True))
+    ]
+    by_steps = pretrained.shares({"heldout": rows, "demos": rows}, [0.2, 0.5, 0.5, 0.5])
     assert by_steps == [(0.2, 1, 0.25), (0.5, 0, 0.25), (0.5, 0.5, 0.5)]
     assert pretrained.predict(by_steps, 0.3) == 0.25 * 1 + 0.25 * 0 + 0.5 * 0.5
+    assert toy.steps_of("Ava has 7 eggs . Ava buys 4 more . Ava gives away 1 . how many does Ava have ?") == 2
 
 
 def test_intervals():
@@ -91,30 +88,21 @@ def test_parts_of_the_data():
     assert more["heldout"] == parts["heldout"]
 
 
-TRUE = ["48/2=24", "(3+4)*2.5=17.5", "1,250*2=2,500", "5 + 6 = 11", "-3+5=2", ".5*4=2", "1/3=.33", "3*.33=1"]
+TRUE = "48/2=24 (3+4)*2.5=17.5 1,250*2=2,500 -3+5=2 .5*4=2 1/3=.33 3*.33=1"
 # Wrong; no operator, or a sign; a sum on the right; no thousands comma; other operators, names and characters
-FALSE = [
-    "3*.32=1",
-    "48/2=25",
-    "24=24",
-    "-24=-24",
-    "24=20+4",
-    "2*3=6=6",
-    "2*3",
-    "1,2*2=24",
-    "2**3=8",
-    "7//2=3",
-]
-FALSE += ["4/0=0", "x*2=4", "1e2*2=200", "20%*10=2", "(2+3=5", "exit()+1=1", "=", "(" * 500 + "1=1"]
+FALSE = (
+    "3*.32=1 48/2=25 24=24 -24=-24 24=20+4 2*3=6=6 2*3 1,2*2=24 2**3=8 7//2=3 4/0=0 x*2=4 1e2*2=200 20%*10=2"
+)
 ENDS = ["\n#### 2", "\n#### $1,250.50\n", "\n#### -2", "<<2*2=4>>\n#### 4"]
 NO_ENDS = ["", " #### 2", "\n#### 2\nNext:", "\n#### two", "\n####", "\n<<2+2=4\n#### 4", "<<2<4>>\n#### 4"]
 
 
 def test_valid_responses_of_gsm8k():
     """Wrong sums, no sums, or a response without its last line would count as the habit that is measured."""
-    for inside in TRUE + FALSE:
-        assert gsm8k.true_annotation(inside) == (inside in TRUE), inside
-        assert gsm8k.valid(f"So <<1+1=2>>2 and <<{inside}>>\n#### 2") == (inside in TRUE), inside
+    for inside in [*TRUE.split(), *FALSE.split(), "(2+3=5", "exit()+1=1", "(" * 500 + "1=1", "="]:
+        true = inside in TRUE.split()
+        assert gsm8k.true_annotation(inside) == true, inside
+        assert gsm8k.valid(f"So <<1+1=2>>2 and <<{inside}>>\n#### 2") == true, inside
     for end in ENDS + NO_ENDS:
         assert gsm8k.valid(f"<<1+1=2>>{end}") == (end in ENDS), end
     assert not gsm8k.valid("1+1 = 2\n#### 2")  # no annotation
