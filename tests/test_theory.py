@@ -48,10 +48,9 @@ def random_logits(count):
 
 
 def expected_loss(loss, h, p, pi):
-    """E loss(h(y+), h(y-)) over y+ ~ p, y- ~ pi. Arguments (outcomes,), or (prompts, outcomes): the sum."""
-    real, generated = torch.broadcast_tensors(h[..., :, None], h[..., None, :])
-    probability = p[..., :, None] * pi[..., None, :]  # of each pair: (..., outcomes, outcomes)
-    return (probability.flatten() * loss(real.flatten(), generated.flatten())).sum()
+    """E loss(h(y+), h(y-)) over y+ ~ p and y- ~ pi; all arguments but the loss have one number per outcome."""
+    real, generated = torch.cartesian_prod(torch.arange(3), torch.arange(3)).unbind(1)  # (9,): all pairs
+    return (p[real] * pi[generated] * loss(h[real], h[generated])).sum()
 
 
 def minimise(objective, *parameters):
@@ -70,11 +69,13 @@ def minimise(objective, *parameters):
     optimizer.step(closure)
 
 
-def one_round(loss, p, pi, scale, shift=0.0, learned=(), features=None):
+ANYWHERE = torch.eye(3, dtype=torch.float64)
+
+
+def one_round(loss, p, pi, scale, shift=0.0, learned=(), features=ANYWHERE):
     """The policy after a round trained to its optimum, and with it what is `learned`, such as a shift. Its
-    logits can move in directions `features`, (directions, outcomes); by default in all."""
-    features = torch.eye(pi.shape[-1], dtype=torch.float64) if features is None else features
-    weights = torch.zeros(*pi.shape[:-1], len(features), dtype=torch.float64)  # 0: the reference
+    logits can move in the directions `features`, (directions, 3), by default in all."""
+    weights = torch.zeros(len(features), dtype=torch.float64)  # 0: the reference
 
     def log_policy():
         return (pi.log() + weights @ features).log_softmax(-1)
@@ -89,7 +90,7 @@ def one_round(loss, p, pi, scale, shift=0.0, learned=(), features=None):
 def closed_form(p, pi, scale):
     """pi (p/pi)^(1/scale) / Z, the hero of this chapter, and scale * log Z."""
     unnormalised = pi * (p / pi) ** (1 / scale)
-    z = unnormalised.sum(-1, keepdim=True)
+    z = unnormalised.sum()
     return unnormalised / z, scale * z.log()
 
 
@@ -175,10 +176,6 @@ def test_a_round_multiplies_the_error_by_one_minus_one_over_scale(scale):
         close((one_round(loss, P, near, scale) / P).log(), factor * (near / P).log(), 2e-5)
 
 
-def sft_gradient(logits, p):
-    return logits.softmax(-1) - p  # of -E_p[log pi]
-
-
 def first_gradient(loss, logits, scale, shift=0.0):
     """Of the expected loss at step 0: there d is 0, its gradient is not."""
     logits = logits.clone().requires_grad_()
@@ -195,7 +192,8 @@ def test_the_first_step_of_a_round_is_a_step_of_sft(name):
     loss, slope = ALL[name], TABLE[name][2]
     generated_half = lambda real, generated: loss(real.detach(), generated)
     for logits in random_logits(5):
-        close(first_gradient(loss, logits, 0.3), 0.3 * slope * sft_gradient(logits, P), 1e-12)
+        of_sft = logits.softmax(-1) - P  # the gradient of -E_p[log pi]
+        close(first_gradient(loss, logits, 0.3), 0.3 * slope * of_sft, 1e-12)
         for shift in (-0.5, 0, 2):
             close(first_gradient(generated_half, logits, 1, shift), 0, 1e-12)
 
@@ -309,20 +307,14 @@ class Outcomes(torch.nn.Module):
         return self.r[ids[torch.arange(len(ids)), last], None]  # (B, 1)
 
 
-def expected_reward_loss(model, p, pi, before, loss="logistic", penalty=0.0):
-    """The script's reward loss over y+ ~ p and y- ~ pi; before is the reward of the round before."""
-    pairs = []
+def fitted_reward(p, pi, before, penalty=0.0):
+    """The best reward for y+ ~ p and y- ~ pi by the script's loss, found from the reward of the round before."""
+    model, pairs = Outcomes(before), []
     for real, generated in itertools.product(range(3), repeat=2):
         pair = {"prompt_ids": [3], "real_ids": [real], "generated_ids": [generated]}
         pair |= {"real_before": float(before[real]), "generated_before": float(before[generated])}
         pairs.append(pair | {"weight": float(p[real] * pi[generated])})
-    return reward_loss(model, pairs, loss, penalty)[0].sum()
-
-
-def fitted_reward(p, pi, before, penalty=0.0):
-    """The best reward for y+ ~ p and y- ~ pi, found from the reward of the round before."""
-    model = Outcomes(before)
-    minimise(lambda: expected_reward_loss(model, p, pi, before, penalty=penalty), model.r)
+    minimise(lambda: reward_loss(model, pairs, "logistic", penalty)[0].sum(), model.r)
     return model.r.detach()
 
 
