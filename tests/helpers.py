@@ -136,12 +136,6 @@ def as_script(flags, monkeypatch, capsys, script=gsil):
     return code, capsys.readouterr().err.strip().rpartition("\n")[2]
 
 
-def toy_flags(folder, out):
-    """Flags of a run on the small slices of the toy; see the fixture `small`."""
-    data, dev, heldout = (f"{folder}/{name}.jsonl" for name in ("demos", "dev", "heldout"))
-    return f"--data {data} --dev {dev} --heldout {heldout} --out {out} "
-
-
 def weights(folder):
     """The digest of a model's weights: equal if and only if the bytes are."""
     return hashlib.sha256((Path(folder) / "model.safetensors").read_bytes()).hexdigest()
@@ -173,10 +167,6 @@ def check_equal(ours, theirs):
     for file in theirs.glob("round_*.jsonl"):
         assert (ours / file.name).read_text() == file.read_text()
     assert metrics(ours) == metrics(theirs) and table(ours) == table(theirs)
-
-
-def finite(values):
-    return all(math.isfinite(value) for value in values)
 
 
 # ---- eval.py ---------------------------------------------------------------------------------

@@ -12,19 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import byte_tokenizer, tiny_model
-from helpers import (
-    EOS,
-    PAIRS,
-    check_equal,
-    logged,
-    made_pairs,
-    random_model,
-    read_jsonl,
-    refusal,
-    run,
-    table,
-    toy_flags,
-)
+from helpers import EOS, PAIRS, check_equal, logged, made_pairs, random_model, read_jsonl, refusal, run
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -213,8 +201,8 @@ def test_end_to_end(flags, rounds, inputs, folder, tmp_path):
     """A mode would not reach its table, chunks would not be one pass over the data, and SFT would train all
     weights beside a method that trains LoRA."""
     data, out = irft.parse_args(inputs.split()).data, tmp_path / "out"
-    run(f"{inputs} --dev {data} --heldout {data} --out {out} --lora-rank 2 {flags}", irft)
-    assert list(table(out)) == ["base", *(f"round {t + 1}" for t in range(rounds)), "sft"]
+    rows = run(f"{inputs} --dev {data} --heldout {data} --out {out} --lora-rank 2 {flags}", irft)
+    assert [*rows] == ["base", *(f"round {t + 1}" for t in range(rounds)), "sft"]
     chunks = [read_jsonl(path) for path in out.glob("round_*.jsonl")]
     assert len({pair["prompt"] for chunk in chunks for pair in chunk}) == sum(map(len, chunks)) == 6
     assert len(chunks) == rounds and max(map(len, chunks)) - min(map(len, chunks)) <= 1
@@ -273,8 +261,8 @@ def test_a_sick_round_is_warned_of(inputs, small, tmp_path, capsys):
     assert not re.search("length alone|runs away|1 - 1/", capsys.readouterr().out)
     dev = tmp_path / "dev.jsonl"  # two samples: their rewards and lengths always correlate
     dev.write_text("".join((small / "dev.jsonl").open().readlines()[:2]))
-    flags = f"--dev {dev} {short} --max-new-tokens 20 --policy-lr 0.3"
-    run(toy_flags(small, tmp_path / "sick") + flags, irft)
+    flags = f"--data {small}/demos.jsonl --dev {dev} --heldout {small}/heldout.jsonl --max-new-tokens 20"
+    run(f"{flags} {short} --policy-lr 0.3 --out {tmp_path}/sick", irft)
     printed = capsys.readouterr().out
     assert "the reward follows length alone" in printed and "the policy runs away" in printed
 

@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from helpers import demos_of, logged, naive_logp, read_jsonl, run, table, toy_flags, weights, write_jsonl
+from helpers import demos_of, logged, naive_logp, read_jsonl, run, table, weights, write_jsonl
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import gsil
@@ -118,7 +118,8 @@ def test_the_best_round_is_chosen_on_dev(inputs, data, tmp_path, capsys):
 def test_the_log_and_the_factor_that_samples_best_on_dev(small, tmp_path, capsys):
     """A person could not tell what was done, on what, or how it changed the answers; and a factor that is chosen
     greedily, where every factor saturates, or from few factors, would make the control a weak one."""
-    rows = run(toy_flags(small, tmp_path / "out") + "--baseline extrapolated --lr 2e-3 --epochs 1")
+    flags = f"--data {small}/demos.jsonl --dev {small}/dev.jsonl --heldout {small}/heldout.jsonl"
+    rows = run(f"{flags} --baseline extrapolated --lr 2e-3 --epochs 1 --out {tmp_path}/out")
     printed = capsys.readouterr().out
     asked = re.escape(read_jsonl(small / "heldout.jsonl")[0]["question"][-20:])
     lines = ["data .*40 demonstrations, 20 dev and 20 held-out.*", "model .*112,192 parameters, 1 x cpu.*"]
