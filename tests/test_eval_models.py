@@ -214,10 +214,9 @@ def test_a_tokenizer_with_more_ids_than_the_model(tmp_path, capsys):
     """An id without an embedding would end the run in an IndexError, or on a GPU in an assertion."""
     tokenizer, known = byte_tokenizer(), len(byte_tokenizer())
     tokenizer.add_tokens(["house"])
-    save(tmp_path, tiny_model(known), tokenizer)
-    rows = write_jsonl(tmp_path / "x.jsonl", [GSM_ROW, GSM_ROW | {"question": "What is 1 + 1?"}])
-    flags = f"--model {tmp_path} --shots 0 --max-new-tokens 4 --data {rows} --tasks"
-    assert evaluate(f"{flags} gsm8k")["results"]["gsm8k"]["n"] == 2
-    write_jsonl(rows, [GSM_ROW | {"question": "How many house?"}])
-    refused(capsys, f"{flags} gsm8k", f"gives 'house' the id {known}", f"only {known} embeddings")
-    refused(capsys, f"{flags} answers", "the model has no embedding for a token")
+    rows = write_jsonl(tmp_path / "x.jsonl", [GSM_ROW | {"question": "How many house?"}])
+    flags = (
+        f"--model {save(tmp_path, tiny_model(known), tokenizer)} --shots 0 --data {rows} --max-new-tokens 4"
+    )
+    refused(capsys, f"{flags} --tasks gsm8k", f"gives 'house' the id {known}", f"only {known} embeddings")
+    refused(capsys, flags, "the model has no embedding for a token")

@@ -80,8 +80,7 @@ def test_a_fault_at_every_rename_and_resume(inputs, tmp_path, monkeypatch):
 
 
 def test_resume_with_more_rounds_and_another_baseline(inputs, undisturbed, tmp_path):
-    """Finished rounds would be trained again, lose their seconds, or be followed by other ones; and seconds that
-    nobody measured, as the run stopped between a stage and its row, would be a number."""
+    """Finished rounds would be trained again, or lose their seconds, or get some that nobody measured."""
     out = tmp_path / "out"
     before = run(inputs + FAST + f"--baseline none --out {out}")
     rows = run(f"--resume {out} --rounds 2 --baseline sft")
@@ -124,7 +123,7 @@ def test_two_runs_never_share_a_folder(inputs, undisturbed, tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     Path("runs/gsil-spin-1").mkdir(parents=True)
     flags = (inputs + "--rounds 0 --loss spin --seed ").split()
-    for args in [gsil.parse_args([*flags, seed]) for seed in "78"]:
+    for args in [gsil.parse_args([*flags, seed]) for seed in "78"]:  # both flags before either run
         gsil.main(args)
     seeds = [json.loads(file.read_text())["seed"] for file in sorted(Path("runs").glob("*/args.json"))]
     assert seeds == [7, 8] and not any(Path("runs/gsil-spin-1").iterdir())
@@ -133,11 +132,9 @@ def test_two_runs_never_share_a_folder(inputs, undisturbed, tmp_path, monkeypatc
     with pytest.raises(SystemExit):
         gsil.main(second)
     assert "--out mine" in capsys.readouterr().err
-    before = (undisturbed / "args.json").read_text()
     for out in (undisturbed, f"{undisturbed}/args.json", f"{undisturbed}/args.json/out"):
         code, said = as_script(f"{inputs} --out {out}", monkeypatch, capsys)
         assert code == 2 and re.match(f"error: .*{undisturbed}", said) and "to continue" not in said
-    assert (undisturbed / "args.json").read_text() == before
 
 
 def interrupt(*_, **__):

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import byte_tokenizer, tiny_model
-from helpers import EOS, PAIRS, check_equal, logged, made_pairs, random_model, read_jsonl, refusal, run
+from helpers import EOS, PAIRS, check_equal, logged, made_pairs, random_model, read_jsonl, refusal, run, save
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -61,18 +61,14 @@ def reward_folder(folder, tmp_path_factory):
     model, tokenizer = load_reward(folder)
     torch.manual_seed(1)
     torch.nn.init.normal_(model.score.weight)
-    path = tmp_path_factory.mktemp("reward")
-    model.save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return path
+    return save(tmp_path_factory.mktemp("reward"), model, tokenizer)
 
 
 # ---- the reward --------------------------------------------------------------------------------------------
 
 
 def test_reward_is_that_of_an_ordinary_classifier(folder, reward_folder):
-    """transformers would read a saved reward at another token, if EOS were its pad, or find another reward beside
-    other texts; and a new head that is not zero would send the policy after noise."""
+    """transformers would read a saved reward at another token, or a new head would reward noise."""
     model = load_reward(reward_folder)[0]
     loaded = AutoModelForSequenceClassification.from_pretrained(reward_folder).eval()
     pads = AutoTokenizer.from_pretrained(reward_folder)
@@ -198,9 +194,8 @@ METHODS |= {"--method irft --chunks 4 --loss linear": 4}
 
 @pytest.mark.parametrize("flags, rounds", METHODS.items())
 def test_end_to_end(flags, rounds, inputs, folder, tmp_path):
-    """A mode would not reach its table, chunks would not be one pass over the data, and SFT would train all
-    weights beside a method that trains LoRA."""
-    data, out = irft.parse_args(inputs.split()).data, tmp_path / "out"
+    """A mode would not reach its table, chunks overlap, or SFT train all weights beside one with LoRA."""
+    data, out = irft.parse_args(inputs.split()).data, tmp_path / "out"  # six demonstrations
     rows = run(f"{inputs} --dev {data} --heldout {data} --out {out} --lora-rank 2 {flags}", irft)
     assert [*rows] == ["base", *(f"round {t + 1}" for t in range(rounds)), "sft"]
     chunks = [read_jsonl(path) for path in out.glob("round_*.jsonl")]

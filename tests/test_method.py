@@ -117,8 +117,7 @@ def test_the_best_round_is_chosen_on_dev(inputs, data, tmp_path, capsys):
 
 
 def test_the_log_and_the_factor_that_samples_best_on_dev(small, tmp_path, capsys):
-    """A person could not tell what was done, on what, or how it changed the answers; and a factor that is chosen
-    greedily, where every factor saturates, or from few factors, would make the control a weak one."""
+    """A person could not tell what was done, or a factor chosen greedily would make the control weak."""
     flags = f"--data {small}/demos.jsonl --dev {small}/dev.jsonl --heldout {small}/heldout.jsonl"
     rows = run(f"{flags} --baseline extrapolated --lr 2e-3 --epochs 1 --out {tmp_path}/out")
     printed = capsys.readouterr().out

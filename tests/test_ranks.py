@@ -65,8 +65,7 @@ def two(inputs, tmp_path_factory):
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_two_processes_take_the_steps_of_one(rank, two, inputs):
-    """A loss divided by the wrong count, a gradient averaged twice, or a pair that counts on both processes, as
-    the dummy of one that has nothing to do, would train another model."""
+    """A wrong divisor, a gradient averaged twice, or a dummy that counts would train another model."""
     found, expected = torch.load(two[0] / f"{rank}.pt"), measured(gsil.parse_args(inputs.split()).model)
     assert found["sharded"] == {True} and expected["sharded"] == {False}
     assert found["samples"] == expected["samples"]

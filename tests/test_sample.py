@@ -24,8 +24,7 @@ MODELS = {  # what the layers of a model type keep of a text differs
 
 @pytest.mark.parametrize("kind", MODELS)
 def test_responses_are_those_of_each_prompt_alone(kind):
-    """Padding, sorting, the cache or rows that leave the batch early would give the responses of another model,
-    and an EOS after a response that is cut, or text after an EOS, would tell the two sides apart."""
+    """Padding, the cache or rows that leave the batch early would give the responses of another model."""
     model = random_model(kind, **MODELS[kind])
     prompts = [[3 + (7 * n + 5 * k) % 90 for k in range(n)] for n in (1, 2, 5, 9, 9, 13)]
     whole = [greedy(model, prompt, 12, set()) for prompt in prompts]

@@ -48,13 +48,12 @@ def test_intervals():
     outcomes = [[0, 1, 1, 0], [0, 1, 1, 1], [0, 1, 0, 1]]  # problems 0, 1, 2/3, 2/3; seeds 1/2, 3/4, 1/2
     halves = [1.96 * math.sqrt(19 / 108 / 4), 4.30 * math.sqrt(1 / 48 / 3)]  # variances 19/108 and 1/48
     assert toy.intervals(outcomes) == pytest.approx([7 / 12, *halves], rel=1e-9)
-    assert math.isnan(toy.intervals(outcomes[:1])[2])
-
-
-def test_verdicts():
-    """A difference would count by chance if an interval forgot the seeds, or that there are three."""
-    assert toy.verdict(-0.3, 0.2, 0.25) == "counts" and toy.verdict(0.3, 0.2, math.nan) == "one seed"
+    assert math.isnan(toy.intervals(outcomes[:1])[2]) and toy.verdict(0.3, 0.2, math.nan) == "one seed"
     assert toy.verdict(0.22, 0.2, 0.25) == toy.verdict(0.22, 0.25, 0.2) == "does not count"
+
+
+def test_differences_on_gsm8k():
+    """A difference would count by chance if an interval forgot the seeds, or that there are three."""
 
     def runs(**shares):  # of 100 problems, the first ones are valid
         return {name: {0: {"sampled": {"valid": "1" * n + "0" * (100 - n)}}} for name, n in shares.items()}
@@ -65,9 +64,6 @@ def test_verdicts():
     three = {"gsil": {seed: runs(gsil=4 + seed)["gsil"][0] for seed in range(3)}}
     three["sft"] = {seed: runs(sft=0)["sft"][0] for seed in range(3)}
     assert gsm8k.paired(three, "gsil", "sft")[2] == pytest.approx(4.30 * 0.01 / 3**0.5)
-    assert gsm8k.verdict(runs(gsil=30, sft=40)).startswith("loss")
-    assert gsm8k.verdict(runs(gsil=41, sft=40)).startswith("none")
-    assert gsm8k.verdict(runs(gsil=50, sft=40)) == "gain, before all of the controls have run"
 
 
 def test_parts_of_the_data():

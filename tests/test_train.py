@@ -85,8 +85,7 @@ def test_a_learned_shift_does_not_see_the_micro_batches(tmp_path):
 
 
 def test_epochs_have_every_row_once_and_the_rate_rises_and_falls(tmp_path):
-    """A shuffle that drops or repeats rows, or a last batch that is left out, biases training; without warmup the
-    first steps of AdamW are full ones, without decay the last ones are."""
+    """Rows that are dropped or repeated bias training, and without warmup AdamW begins with full steps."""
     model, seen = tiny_model(), []
     pairs = made_pairs(model, 7)
 
