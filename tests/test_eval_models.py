@@ -88,7 +88,7 @@ def test_models_that_cannot_be_asked(tmp_path, capsys):
     arc = f"--tasks arc_easy --data {write_jsonl(tmp_path / 'arc.jsonl', [endless])}"
     refused(capsys, f"--model {saved(tmp_path / 'good')} {arc}", "301 tokens", "256", "aaa")
     model = saved(tmp_path / "untemplated", chat_template=None)
-    refused(capsys, f"--model {model} --tasks gsm8k --chat --shots 0 {gsm}", "chat template")
+    refused(capsys, f"--model {model} --tasks gsm8k --chat --shots 0 {gsm}", "none; see --reward-template")
     refused(capsys, f"--model {model} {gsm}", "chat template")
     model = saved(tmp_path / "named", chat_template={"rag": ZEPHYR, "tools": ZEPHYR})
     refused(capsys, f"--model {model} {gsm}", f"{model}: ", "need a default chat template", "rag", "tools")
@@ -109,22 +109,26 @@ def responses_of(folder, flags=""):
     return [sample["responses"] for sample in outcome["samples"]["gsm8k"]]
 
 
-def test_how_a_tokenizer_pads_changes_nothing(tmp_path):
-    """Prompts padded on the wrong side, or a model's own stop strings, would change the responses."""
-    alone = responses_of(saved(tmp_path), "--batch-size 1")
+def test_what_changes_a_response_and_what_does_not(tmp_path):
+    """Prompts padded on the wrong side, or a config for several responses, would change them; a seed would not."""
+    plain = saved(tmp_path)
+    alone = responses_of(plain, "--batch-size 1")
     assert len(alone[0][0]) > 1
     for change in {}, {"padding_side": "left"}, {"padding_side": "right"}, {"pad_token": None}:
         assert responses_of(saved(tmp_path, **change)) == alone
+    first, again, other = [responses_of(plain, f"--temperature 1 --seed {seed}") for seed in (0, 0, 1)]
+    three = responses_of(plain, "--temperature 1 --samples 3")
+    assert first == again != other and all(len({*texts}) > 1 for texts in three)
     model, stop = tiny_model(), alone[0][0][3]
-    model.generation_config.stop_strings = [stop]
-    assert responses_of(saved(tmp_path, model)) == [[text.split(stop)[0]] for [text] in alone]
-
-
-def test_the_seed_decides_the_samples(tmp_path):
-    """A result of sampling could not be had again."""
-    flags = "--samples 3 --temperature 1 --seed"
-    first, again, other = [responses_of(saved(tmp_path), f"{flags} {seed}") for seed in (0, 0, 1)]
-    assert first == again != other and all(len({*texts}) > 1 for texts in first)
+    model.generation_config.update(num_return_sequences=3, return_dict_in_generate=True, num_beams=3)
+    model.generation_config.update(min_p=0.5, typical_p=0.5, max_length=7, do_sample=True)
+    odd = saved(tmp_path / "odd", model)
+    assert responses_of(odd) == alone and responses_of(odd, "--temperature 1") == first
+    model.generation_config.update(repetition_penalty=3.0)  # but not of pads
+    penalized = responses_of(saved(tmp_path / "odd", model))
+    assert penalized == responses_of(odd, "--batch-size 1") != alone
+    model.generation_config.update(repetition_penalty=None, stop_strings=[stop])
+    assert responses_of(saved(tmp_path / "odd", model)) == [[text.split(stop)[0]] for [text] in alone]
 
 
 @pytest.mark.parametrize("bias, empty, unfinished", [(100.0, 3, 0), (-100.0, 0, 3)])
@@ -178,19 +182,6 @@ def test_a_shared_beginning_is_read_once():
             assert value == pytest.approx(naive_logp(lm.model, context, rest), rel=1e-4)
         ev.loglikelihoods(lm, [([3] * 50, [letter]) for letter in (5, 6, 7, 8)])
         assert shapes[-1] == (1, 50)
-
-
-def test_what_counts_of_a_generation_config(tmp_path):
-    """Three responses to one problem would go to three problems, or a pad be penalized as a repetition."""
-    model, plain = tiny_model(), saved(tmp_path / "plain")
-    model.generation_config.update(num_return_sequences=3, return_dict_in_generate=True, num_beams=3)
-    model.generation_config.update(min_p=0.5, typical_p=0.5, max_length=7, do_sample=True)
-    odd = saved(tmp_path / "odd", model)
-    for flags in "", "--temperature 1":
-        assert responses_of(odd, flags) == responses_of(plain, flags)
-    model.generation_config.update(repetition_penalty=3.0)
-    penalized = responses_of(saved(tmp_path / "odd", model))
-    assert penalized == responses_of(odd, "--batch-size 1") != responses_of(plain)
 
 
 def test_own_tasks_end_at_an_eos_token_that_is_not_special(tmp_path):

@@ -133,8 +133,22 @@ def test_the_log_and_the_factor_that_samples_best_on_dev(small, tmp_path, capsys
     assert abs(shares[1] / 100 - rows["sft"]["dev"]) > 0.01  # which is greedy
 
 
-def log_of_habit(inputs, tokenizer, out, capsys, own, theirs, flags=""):
-    """What a run says of its habit, a letter y, if the model and the demonstrators respond with these letters."""
+SHARES = [  # flags; responses of the model and of the demonstrators, a letter each; what is said of the habit y
+    (
+        "",
+        "nnnnnnnyyy",
+        "nnnyyyyyyy",
+        "model 30.0%, demonstrators 70.0%; predicted 99.2% if .* differ in nothing else",
+    ),
+    *((flags, "nny", "nyy", "no prediction") for flags in ("--loss hinge", "--temperature 0.7", "--shift 2")),
+    *(("", own, theirs, "no prediction") for own, theirs in (("nn", "ny"), ("ny", "yy"))),  # 0 % and 100 %
+]
+
+
+@pytest.mark.parametrize("flags, own, theirs, says", SHARES)
+def test_the_predicted_habit(flags, own, theirs, says, inputs, tokenizer, tmp_path, capsys):
+    """0 %, 100 % or a number that no theory backs would pass for a prediction, or a prediction for a fact."""
+    out = tmp_path / "out"
     run(f"{inputs} --rounds 0 --habit y --baseline none {flags} --out {out}")
     pairs = [{"prompt_ids": [5], "real_reference": 0, "generated_reference": 0} for _ in own]
     for pair, real, generated in zip(pairs, theirs, own, strict=True):
@@ -143,22 +157,4 @@ def log_of_habit(inputs, tokenizer, out, capsys, own, theirs, flags=""):
     capsys.readouterr()
     with pytest.raises(SystemExit):  # the references are not those of the model, so it does not train
         run(f"--resume {out} --rounds 1")
-    return capsys.readouterr().out
-
-
-def test_the_predicted_habit(inputs, tokenizer, tmp_path, capsys):
-    """A reader would take for a fact what follows from two shares alone, and holds under a condition."""
-    printed = log_of_habit(inputs, tokenizer, tmp_path / "out", capsys, "nnnnnnnyyy", "nnnyyyyyyy")
-    assert re.findall(r"\d+\.\d%", printed) == ["30.0%", "70.0%", "99.2%"]
-    assert re.search("over all prompts.*if .* differ in nothing else", printed)
-
-
-WITHOUT = {"--epochs 1": ("nn", "ny"), "--epochs 2": ("ny", "yy")}  # shares of 0 % and 100 %
-WITHOUT |= dict.fromkeys(["--loss hinge", "--temperature 0.7", "--shift 2"], ("nny", "nyy"))
-
-
-@pytest.mark.parametrize("flags", WITHOUT)
-def test_a_habit_that_cannot_be_predicted(flags, inputs, tokenizer, tmp_path, capsys):
-    """0 %, 100 % or a number that no theory backs would pass for a prediction."""
-    printed = log_of_habit(inputs, tokenizer, tmp_path / "out", capsys, *WITHOUT[flags], flags)
-    assert "no prediction" in printed and "predicted" not in printed
+    assert re.search(f"'y', over all prompts: .*{says}", capsys.readouterr().out)

@@ -52,20 +52,6 @@ def test_intervals():
     assert toy.verdict(0.22, 0.2, 0.25) == toy.verdict(0.22, 0.25, 0.2) == "does not count"
 
 
-def test_differences_on_gsm8k():
-    """A difference would count by chance if an interval forgot the seeds, or that there are three."""
-
-    def runs(**shares):  # of 100 problems, the first ones are valid
-        return {name: {0: {"sampled": {"valid": "1" * n + "0" * (100 - n)}}} for name, n in shares.items()}
-
-    mean, half, of_seeds = gsm8k.paired(runs(gsil=50, sft=40), "gsil", "sft")
-    assert (mean, of_seeds) == (pytest.approx(0.1), None)
-    assert half == pytest.approx(1.96 * (0.09 / 99) ** 0.5)  # 10 differences of 1, 90 of 0
-    three = {"gsil": {seed: runs(gsil=4 + seed)["gsil"][0] for seed in range(3)}}
-    three["sft"] = {seed: runs(sft=0)["sft"][0] for seed in range(3)}
-    assert gsm8k.paired(three, "gsil", "sft")[2] == pytest.approx(4.30 * 0.01 / 3**0.5)
-
-
 def test_parts_of_the_data():
     """Chance would move the shares that the prediction takes as given, or a question stand in two parts."""
     parts = pretrained.make_parts("habit", pretrained.parse_args(["--model", "M", "--lesson", "8000"]))
