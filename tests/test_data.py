@@ -230,41 +230,29 @@ def test_what_may_explain_a_bad_run_is_counted(tmp_path, capsys):
 def test_a_tenth_is_held_out_by_seed(inputs, tmp_path, capsys):
     """The table of own data would be empty, or of demonstrations that were also trained on."""
     path = write_jsonl(tmp_path / "x.jsonl", [{"prompt": f"{n}", "response": f"{n}"} for n in range(40)])
-    heldout = []
+    parts = []
     for seed in (0, 0, 1):
         data = gsil.read_data(gsil.parse_args(f"{inputs} --data {path} --seed {seed}".split()))
-        heldout.append({row["response"] for row in data.heldout})
-        assert len(heldout[-1]) == 4 and len(data.demos) == 36
-        assert heldout[-1] | {row["response"] for row in data.demos} == {f"{n}" for n in range(40)}
-    assert heldout[0] == heldout[1] != heldout[2]
+        parts.append([{row["response"] for row in part} for part in (data.demos, data.heldout)])
+        assert [*map(len, parts[-1]), len(set.union(*parts[-1]))] == [36, 4, 40]
+    assert parts[0] == parts[1] != parts[2]
     printed = capsys.readouterr().out
     assert re.search(r"\nno --heldout: .*\b4\b", printed) and "warning" not in printed
 
 
-def test_columns_are_used_or_named(tmp_path, tokenizer, capsys):
-    """A system prompt in a column of its own, or earlier turns, would be missing without a word."""
-    rows = [{"prompt": Q, "response": A, "system_prompt": "Be brief.", "history": [["a", "b"]], "id": 7}]
-    [demo] = demos_of(write_jsonl(tmp_path / "x.jsonl", rows), tokenizer)
+def test_the_log_says_what_is_used_and_what_is_changed(tmp_path, tokenizer, capsys):
+    """A column of its own for a system prompt would be missing, or a model trained on lower case, without a word."""
+    row = {"prompt": Q, "response": "IRON is Fe", "system_prompt": "Be brief."}
+    row |= {"history": [["a", "b"]], "id": 7}
+    path = write_jsonl(tmp_path / "x.jsonl", [row, {"prompt": Q, "response": "iron is fe \n"}])
+    demo, _ = demos_of(path, tokenizer)
     assert "Be brief." in demo["prompt"] and "history" not in demo
-    assert "prompt, response, system_prompt; not used: history, id\n" in capsys.readouterr().out
-
-
-def test_a_tokenizer_that_changes_texts_is_warned_of(tmp_path, tokenizer, capsys):
-    """A model would be trained on lower case, or without accents, while its log shows the texts of the file."""
-    rows = [{"prompt": Q, "response": "IRON is Fe"}, {"prompt": Q, "response": "iron is fe \n"}]
-    demos_of(write_jsonl(tmp_path / "x.jsonl", rows), tokenizer)
-    assert "changes the text" not in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "prompt, response, system_prompt; not used: history, id\n" in printed and "changes" not in printed
     lower = byte_tokenizer()
     lower.backend_tokenizer.normalizer = Lowercase()
-    demos_of(tmp_path / "x.jsonl", lower)
+    demos_of(path, lower)
     assert "changes the text of 2 of 2 rows" in capsys.readouterr().out  # Q begins with a capital
-
-
-def test_the_answer_is_what_the_response_ends_in(tmp_path, tokenizer):
-    """A heading of Markdown would be the gold, and every right response be counted as wrong."""
-    texts = {"#### Step 1: Add\n1 + 1 = 2\n\n#### 2 \n\n": "2", "#### A heading\nand no value": None}
-    path = write_jsonl(tmp_path / "x.jsonl", [{"prompt": Q, "response": text} for text in texts])
-    assert [demo["answer"] for demo in demos_of(path, tokenizer)] == list(texts.values())
 
 
 def test_a_folder_with_configurations(inputs, tmp_path, capsys):

@@ -49,13 +49,12 @@ def test_one_bad_row_in_ten_is_left_out_of_answers(tmp_path, inputs, capsys):
 
 def test_too_few_rows(tmp_path, inputs, capsys):
     """A traceback would not say where few-shot examples come from, nor that there may be none."""
-    write_jsonl(tmp_path / "train.jsonl", [GSM_ROW] * 3)
-    write_jsonl(tmp_path / "test.jsonl", [GSM_ROW])
+    train, test = (write_jsonl(tmp_path / f"{split}.jsonl", [GSM_ROW]) for split in ("train", "test"))
     flags = f"{inputs} --tasks gsm8k --data {tmp_path}"
-    refused(capsys, flags, "3 rows for 5 few-shot examples")
-    (tmp_path / "train.jsonl").unlink()
+    refused(capsys, flags, "1 rows for 5 few-shot examples")
+    train.unlink()
     refused(capsys, flags, f"{tmp_path}: should have one train.jsonl", "--shots 0")
-    write_jsonl(tmp_path / "test.jsonl", [])
+    write_jsonl(test, [])
     refused(capsys, f"{flags} --shots 0", "0 problems")
 
 

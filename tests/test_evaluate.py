@@ -14,9 +14,12 @@ ANSWERS = {"so\n#### 1,234": "1234", "#### $1,234.\nmore": "1234", "####7.0": "7
 ANSWERS |= {"#### 7\r\nmore": "7", "####\u00a07\t": "7", "#### 1\n#### 2": "2", "1234": None}
 
 
-def test_final_answers():
-    """GSM8K's '#### 1,234' would not match a bare 1234, or the blanks around a number would decide."""
+def test_final_answers(tokenizer):
+    """GSM8K's '#### 1,234' would not match a bare 1234, or a heading of a demonstration be its answer."""
     assert {text: gsil.final_answer(text) for text in ANSWERS} == ANSWERS
+    headings = {"#### Step 1: Add\n1 + 1 = 2\n\n#### 2 \n\n": "2", "#### A heading\nand no value": None}
+    for response, answer in headings.items():
+        assert gsil.encode({"prompt": "1 + 1", "response": response}, tokenizer, {1})["answer"] == answer
 
 
 def test_the_rows_of_the_table(inputs, tokenizer, tmp_path):

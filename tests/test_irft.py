@@ -89,25 +89,19 @@ def fit(path, flags, pairs, out, preferences=()):
     return logged(out, "round 1 reward")
 
 
-def test_the_reward_learns_and_its_penalty_holds_it(folder, tmp_path):
-    """A sign error would turn the reward around, and the linear loss would fall forever without its penalty."""
-    margins = []
+def test_the_reward_learns_and_preferences_join_with_their_weight(folder, reward_folder, tmp_path):
+    """A sign error would turn the reward around, or the linear loss fall forever without its penalty."""
+    pairs, others, margins = made_pairs(tiny_model(), 8), made_pairs(tiny_model(), 5, seed=1), []
     for flags in ("", "--reward-loss linear", "--reward-loss linear --reward-penalty 1"):
-        flags = f"--reward-steps 24 --reward-lr 1e-2 {flags}"
-        first, *_, last = fit(folder, flags, made_pairs(tiny_model()), tmp_path)
+        first, *_, last = fit(folder, f"--reward-steps 24 --reward-lr 1e-2 {flags}", pairs, tmp_path)
         assert first["told_apart"] == 0.5 and first["margin"] == 0  # ties count half
         assert last["told_apart"] == 1
         margins.append(last["margin"])
     assert min(margins[:2]) > 1 and margins[2] < min(2, margins[1] / 3)  # penalty 1: at best r = +-1/2
-
-
-def test_preferences_join_with_their_weight(reward_folder, tmp_path):
-    """Preferences would count more or less than asked for, or by how many of them fit in a micro-batch."""
-    own, others = made_pairs(tiny_model(), 8), made_pairs(tiny_model(), 5, seed=1)
     flags = "--reward-steps 1 --preference-weight 0.3"
-    losses = [fit(reward_folder, flags, pairs, tmp_path)[0]["loss"] for pairs in (own, others)]
+    losses = [fit(reward_folder, flags, rows, tmp_path)[0]["loss"] for rows in (pairs, others)]
     for micro_batch in (512, 40):
-        joint = fit(reward_folder, f"{flags} --micro-batch {micro_batch}", own, tmp_path, others)[0]["loss"]
+        joint = fit(reward_folder, f"{flags} --micro-batch {micro_batch}", pairs, tmp_path, others)[0]["loss"]
         assert joint == pytest.approx(losses[0] + 0.3 * losses[1], rel=1e-5)  # sums in fp32
 
 

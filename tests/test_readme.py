@@ -12,10 +12,8 @@ from transformers import AutoTokenizer
 
 import gsil
 
-PAGES = {
-    page: (ROOT / page).read_text(encoding="utf-8") for page in ("README.md", "tests/studies/RESULTS.md")
-}
-README, RESULTS = PAGES.values()
+PAGES = ("README.md", "tests/studies/RESULTS.md")
+README, RESULTS = [(ROOT / page).read_text(encoding="utf-8") for page in PAGES]
 
 
 def test_readme_is_short():
@@ -25,7 +23,7 @@ def test_readme_is_short():
 
 def test_commands_parse():
     """A command that takes hours or needs a GPU would keep flags that have left its script."""
-    text = "".join(PAGES.values()).replace("\\\n", " ")
+    text = (README + RESULTS).replace("\\\n", " ")
     found = re.findall(r"(?:python|torchrun .*) (?:tests/\w+/)?(\w+)\.py\b([^`#\n]*)", text)
     scripts = {"gsil", "irft", "eval", "make_toy", "toy", "pretrained", "bench", "gsm8k"}
     assert {script for script, _ in found} == scripts and len(found) >= 35
@@ -49,7 +47,7 @@ def test_what_is_named_exists():
         assert re.search(rf"^(def {name}\(|{name} = )", sources[script], re.MULTILINE), (script, name)
     titles = re.findall(r"^#+ (.*)$", README + RESULTS, re.MULTILINE)
     anchors = ["", *(re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles)]
-    for page, text in PAGES.items():
+    for page, text in zip(PAGES, (README, RESULTS)):
         links = re.findall(r"\]\((?!https:)([^)#]*)#?([^)]*)\)", text)
         assert len(links) >= 4
         for path, heading in links:

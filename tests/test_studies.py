@@ -148,18 +148,14 @@ def test_gsm8k(tmp_path, capsys):
     assert capsys.readouterr().out.count("\n| gsil-b |") == 4
 
 
-def test_every_command_of_the_toy_parses(tmp_path):
-    """A run would have a flag that left the scripts, or a table a run that has no command."""
+def test_toy(tmp_path, monkeypatch, capsys):
+    """Tables would say something else than the scripts' own, or a run have flags that its script has no more."""
     args = toy.parse_args(["all", "--out", str(tmp_path)])
     commands = [toy.command(name, 0, args) for name in toy.RUNS]
     for script, *flags in commands + [toy.shlex.split(text) for text in toy.PAPERS.values()]:
         getattr(toy, script).parse_args([*flags, "--out", str(tmp_path / "none")])
     for names, _ in toy.TABLES.values():
         assert {*names} <= {*toy.RUNS, "extrapolated", "new-extrapolated"}
-
-
-def test_toy(tmp_path, monkeypatch, capsys):
-    """Tables are made of the files: they would say something else than the scripts' own table, or run it again."""
     monkeypatch.setattr(toy, "EPOCHS", (1,))
     monkeypatch.setattr(toy, "FACTORS", (1,))
     monkeypatch.setitem(toy.TABLES, "main", (["gsil", "extrapolated"], toy.print_main))
