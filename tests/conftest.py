@@ -1,7 +1,5 @@
 """Tests share: no network, the CPU, the repository on the path, a tiny model and tokenizers in memory."""
 
-import gc
-import json
 import os
 import sys
 from pathlib import Path
@@ -22,15 +20,9 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""  # for the processes that tests start
 # Tiny models gain nothing by more threads, and a process that a test forks would wait for them.
 torch.set_num_threads(1)
 
-ZEPHYR = (
-    "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}</s>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
-)  # note the newline after EOS
-
-
-def pytest_collection_finish():
-    """Every load of a model collects garbage, which takes half a second unless imported modules are left out."""
-    gc.freeze()
+# Note the newline after EOS.
+ZEPHYR = "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}</s>\n{% endfor %}"
+ZEPHYR += "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
 
 
 def byte_tokenizer(chat_template=ZEPHYR, merges=()):
@@ -90,9 +82,9 @@ def small(tmp_path_factory):
 @pytest.fixture(scope="session")
 def inputs(tmp_path_factory):
     """Flags of a run on a model and six demonstrations, both tiny: it takes a fraction of a second."""
+    from helpers import save, write_jsonl
+
     folder = tmp_path_factory.mktemp("inputs")
-    tiny_model().save_pretrained(folder / "model")
-    byte_tokenizer().save_pretrained(folder / "model")
     rows = [{"question": f"What is {n} ?", "answer": f"it is {n} . #### {n}"} for n in range(6)]
-    (folder / "demos.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return f"--model {folder}/model --data {folder}/demos.jsonl --max-new-tokens 5 "
+    data = write_jsonl(folder / "demos.jsonl", rows)
+    return f"--model {save(folder / 'model', tiny_model())} --data {data} --max-new-tokens 5 "

@@ -207,7 +207,7 @@ def two_rounds(inputs, reward_folder, tmp_path_factory):
     """The folder of a run with two rounds of RFT."""
     out = tmp_path_factory.mktemp("two_rounds") / "out"
     flags = f"{inputs} {FAST} --rounds 2 --reward-model {reward_folder} --baseline none --kl 0.5"
-    flags += " --habit ^[A-Z]|[0-2] --max-new-tokens 9 --lora-rank 2 --policy-lr 1e-2 --reward-penalty 0.5"
+    flags += " --habit ^[A-Z]|[0-3] --max-new-tokens 9 --lora-rank 2 --policy-lr 1e-2 --reward-penalty 0.5"
     run(f"{flags} --out {out}", irft)
     return out
 

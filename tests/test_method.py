@@ -86,12 +86,8 @@ def test_the_baselines_however_they_are_asked_for(inputs, data, tmp_path, capsys
     printed = capsys.readouterr().out
     assert "6 epochs" not in printed and "do not settle" not in printed  # there is no method to be fair to
     run(f"{common} --dev {data} --baseline sft --out {tmp_path}/b")
-    printed = (
-        capsys.readouterr().out
-    )  # three times as many, as samples and two sides take two thirds of the work
-    assert (
-        re.search("6 epochs.*logistic.* 2\\b", printed) and "rounds do not settle at --scale 0.5" in printed
-    )
+    printed = capsys.readouterr().out  # three times as many: samples and two sides are two thirds of the work
+    assert re.search("6 epochs.*logistic.* 2\\b", printed) and "do not settle at --scale 0.5" in printed
     asked, beside = logged(tmp_path / "a", "sft"), logged(tmp_path / "b", "sft")
     assert asked == beside and len(asked) == 12 and "sft" in table(tmp_path / "a")
     ours, theirs = (tmp_path / name / "sft/model.safetensors" for name in "ab")
