@@ -70,6 +70,19 @@ def made_pairs(model, n=7, seed=0):
     return pairs
 
 
+class Outcomes(torch.nn.Module):
+    """A reward model of responses of one token: r[token] + per_prompt * the first token of the prompt."""
+
+    device = "cpu"
+
+    def __init__(self, r, per_prompt=0.0):
+        super().__init__()
+        self.r, self.per_prompt = torch.nn.Parameter(r.clone()), per_prompt
+
+    def forward(self, ids, last):
+        return (self.r[ids[torch.arange(len(ids)), last]] + self.per_prompt * ids[:, 0])[:, None]  # (B, 1)
+
+
 def gradient(model):
     """All of a model's gradients as one vector."""
     return torch.cat([weight.grad.flatten() for weight in model.parameters()])

@@ -9,10 +9,11 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import helpers
 import pytest
 import torch
 from conftest import byte_tokenizer, tiny_model
-from helpers import EOS, PAIRS, check_equal, logged, made_pairs, random_model, read_jsonl, refusal, run, save
+from helpers import EOS, PAIRS, check_equal, logged, made_pairs, read_jsonl, refusal, run
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -61,7 +62,7 @@ def reward_folder(folder, tmp_path_factory):
     model, tokenizer = load_reward(folder)
     torch.manual_seed(1)
     torch.nn.init.normal_(model.score.weight)
-    return save(tmp_path_factory.mktemp("reward"), model, tokenizer)
+    return helpers.save(tmp_path_factory.mktemp("reward"), model, tokenizer)
 
 
 # ---- the reward --------------------------------------------------------------------------------------------
@@ -122,21 +123,13 @@ def test_preferences_are_pairs(tokenizer):
 # ---- the policy --------------------------------------------------------------------------------------------
 
 
-class SmallTokens(torch.nn.Module):
-    """Rewards a response of one token with 1 if the token is below 100; and each prompt with another constant."""
-
-    device = "cpu"
-
-    def forward(self, ids, last):
-        return ((ids[torch.arange(len(ids)), last] < 100) + 20.0 * ids[:, 0])[:, None]  # (B, 1)
-
-
 def improve(policy, flags, out, max_new_tokens=6):
     """Policy steps, each on 4 of 6 prompts; the metrics of the last step."""
     args = args_for(out, f"--policy-batch 4 {flags}")
     demos = [{"prompt_ids": prompt} for prompt, _ in PAIRS * 2]
     data = SimpleNamespace(demos=demos, eos_ids={EOS}, max_new_tokens=max_new_tokens)
-    irft.improve_policy(policy, tiny_model(), SmallTokens(), "round 1", data, args)
+    small_tokens = helpers.Outcomes((torch.arange(300) < 100).float(), per_prompt=20.0)  # else a reward of 0
+    irft.improve_policy(policy, tiny_model(), small_tokens, "round 1", data, args)
     return logged(out, "round 1 policy")[-1]
 
 
@@ -280,7 +273,7 @@ def test_a_mistake_costs_no_samples(flags, inputs, two_rounds, tmp_path, capsys)
 @pytest.mark.parametrize("kind, layers", [("llama", 7), ("phi3", 4), ("gpt2", 4)])  # plain, fused, Conv1D
 def test_lora_starts_as_the_model_itself_and_merges_into_it(kind, layers, tmp_path):
     """Policy and reference would differ at first, a layer stay untrained, or the saved model do something else."""
-    model = random_model(kind)
+    model = helpers.random_model(kind)
     before = irft.response_logps(model, PAIRS)
     irft.add_lora(model, 3, "a seed")
     trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}

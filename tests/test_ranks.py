@@ -83,7 +83,7 @@ def test_a_run_of_two_processes(two):
     runs = (out / "one", out / "two")
     ours, theirs = (read_jsonl(run / "round_1.jsonl") for run in runs)
     assert [pair["generated_ids"] for pair in ours] == [pair["generated_ids"] for pair in theirs]
-    assert [pair["prompt"] for pair in ours] == [pair["prompt"] for pair in theirs] and len(ours) == 6
+    assert len(ours) == 6
     for name in ("round_1", "sft"):
         assert AutoConfig.from_pretrained(out / "two" / name).architectures == ["LlamaForCausalLM"]
         ours, theirs = ([step["loss"] for step in logged(run, name.replace("_", " "))] for run in runs)

@@ -52,20 +52,6 @@ def test_intervals():
     assert toy.verdict(0.22, 0.2, 0.25) == toy.verdict(0.22, 0.25, 0.2) == "does not count"
 
 
-def test_parts_of_the_data():
-    """Chance would move the shares that the prediction takes as given, or a question stand in two parts."""
-    parts = pretrained.make_parts("habit", pretrained.parse_args(["--model", "M", "--lesson", "8000"]))
-    for part, shares in pretrained.HABITS["habit"].items():
-        for steps, share in shares.items():
-            works = [row["works"] for row in parts[part] if row["steps"] == steps]
-            assert sum(works) == int(share * len(works) + 1e-6) > 0
-        assert all(row["works"] == ("=" in row["answer"]) for row in parts[part])
-    questions = [row["question"] for rows in parts.values() for row in rows]
-    assert len(set(questions)) == len(questions)
-    more = pretrained.make_parts("habit", pretrained.parse_args(["--model", "M", "--demos", "90"]))
-    assert more["heldout"] == parts["heldout"]
-
-
 TRUE = "48/2=24 (3+4)*2.5=17.5 1,250*2=2,500 -3+5=2 .5*4=2 1/3=.33 3*.33=1"
 # Wrong; no operator, or a sign; a sum on the right; no thousands comma; other operators, names and characters
 FALSE = (

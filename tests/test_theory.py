@@ -16,6 +16,7 @@ import math
 
 import pytest
 import torch
+from helpers import Outcomes
 
 import irft
 from gsil import LOSSES
@@ -270,19 +271,6 @@ def test_clip_stops_a_response_that_has_moved_far_enough():
         logps = (sampled + ratio.log()).requires_grad_()
         clipped_loss(logps, sampled, vector(*[advantage] * 5)).sum().backward()
         close(logps.grad, slopes, 1e-12)  # at ratio 1 it is -advantage, REINFORCE
-
-
-class Outcomes(torch.nn.Module):
-    """A reward model whose responses are single tokens, 0, 1 or 2, with the rewards r."""
-
-    device = "cpu"
-
-    def __init__(self, r):
-        super().__init__()
-        self.r = torch.nn.Parameter(r.clone())
-
-    def forward(self, ids, last):
-        return self.r[ids[torch.arange(len(ids)), last], None]  # (B, 1)
 
 
 def fitted_reward(p, pi, before, penalty=0.0):
