@@ -39,7 +39,7 @@ def byte_tokenizer(chat_template=ZEPHYR, merges=()):
 
 
 def tiny_model(vocabulary=300, seed=0):
-    """A random Llama; its wide initialisation makes the next-token distribution far from uniform."""
+    """A random Llama, whose next-token distribution is far from uniform."""
     torch.manual_seed(seed)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     sizes |= {"vocab_size": vocabulary, "max_position_embeddings": 256, "initializer_range": 0.2}
@@ -81,7 +81,7 @@ def small(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def inputs(tmp_path_factory):
-    """Flags of a run on a model and six demonstrations, both tiny: it takes a fraction of a second."""
+    """Flags of a run on a tiny model and six demonstrations: a fraction of a second."""
     from helpers import save, write_jsonl
 
     folder = tmp_path_factory.mktemp("inputs")

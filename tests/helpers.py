@@ -71,7 +71,7 @@ def made_pairs(model, n=7, seed=0):
 
 
 class Outcomes(torch.nn.Module):
-    """A reward model of responses of one token: r[token] + per_prompt * the first token of the prompt."""
+    """Rewards a response of one token with r[token], and a prompt by its first token."""
 
     device = "cpu"
 
@@ -146,7 +146,7 @@ def as_script(flags, monkeypatch, capsys):
 
 
 def metrics(folder):
-    """metrics.jsonl as {(phase, step): metrics}; after --resume the last of two lines of a step counts."""
+    """metrics.jsonl as {(phase, step): metrics}; of two lines for a step the last one counts."""
     lines = read_jsonl(Path(folder) / "metrics.jsonl")
     return {(line.pop("phase"), line.pop("step")): line for line in lines}
 
@@ -163,7 +163,7 @@ def table(folder):
 
 
 def check_equal(ours, theirs):
-    """The same files with the same weights and pairs, and the same metrics and table but for the clock."""
+    """The same files, weights and pairs, and the same metrics and table but for the clock."""
     names, expected = ([path.relative_to(out) for path in sorted(out.rglob("*"))] for out in (ours, theirs))
     assert names == expected
     for file in [*theirs.rglob("*.safetensors"), *theirs.glob("round_*.jsonl")]:

@@ -48,7 +48,7 @@ ROWS = [(row, ASKED) for row in FORMATS] + [
 
 @pytest.mark.parametrize("row, prompt", ROWS)
 def test_every_format_gives_the_same_ids(row, prompt, tokenizer):
-    """A format would train other ids: without an earlier turn, the EOS, or with what the template adds after it."""
+    """A format would train other ids: without an earlier turn, without EOS, or beyond it."""
     demo = gsil.encode(row, tokenizer, {EOS, 2})
     assert demo["prompt"] == prompt and demo["response"] == A and demo["answer"] == "3"
     assert demo["prompt_ids"] == tokenizer(prompt, add_special_tokens=False).input_ids
@@ -56,7 +56,7 @@ def test_every_format_gives_the_same_ids(row, prompt, tokenizer):
 
 
 def test_where_prompt_and_response_end():
-    """A chat model would learn another end than its template's, or a prompt that no one samples from."""
+    """A model would learn another end than its template's, or a prompt that no one samples from."""
     tokenizer = byte_tokenizer(ZEPHYR.replace("{{ m.content }}</s>", "{{ m.content }}<|end|>"))
     demo = gsil.encode(FORMATS[0], tokenizer, {EOS, 2})
     assert demo["real_ids"] == tokenizer(A, add_special_tokens=False).input_ids + [2]
@@ -71,7 +71,7 @@ TEXTS = ["NA", "None", "null", "nan", "007", "1.0", "a, b", 'say "x"', "two\nlin
 
 @pytest.mark.parametrize("bom, end", [("", "\n"), ("\ufeff", "\r\n")], ids=["plain", "Windows"])
 def test_texts_stay_as_they_are_in_every_kind_of_file(bom, end, tmp_path, tokenizer):
-    """NA would become a missing value, 007 become 7, a BOM part of a column's name, U+2028 the end of a row."""
+    """NA would be a missing value, 007 become 7, a BOM part of a name, U+2028 the end of a row."""
     rows = [{"prompt": f"{n} {text}", "response": text} for n, text in enumerate(TEXTS)]
     lines = [json.dumps(row, ensure_ascii=False) for row in rows]
     table = io.StringIO(newline="")
@@ -129,7 +129,7 @@ NO_DEMONSTRATIONS = [  # of these any number is left out
 
 @pytest.mark.parametrize("row, says, template", [(*case, ZEPHYR)[:3] for case in BROKEN + NO_DEMONSTRATIONS])
 def test_rows_that_cannot_be_used_say_why(row, says, template, tmp_path, capsys):
-    """Such a row would be trained on as another text: cut at an EOS, without its tools, thoughts or system turn."""
+    """Such a row would train as another text: cut at an EOS, without its tools or system turn."""
     (tmp_path / "x.json").write_text(json.dumps([row]))
     with pytest.raises(SystemExit) as stop:
         demos_of(tmp_path / "x.json", byte_tokenizer(template), room=300)
@@ -140,7 +140,7 @@ def test_rows_that_cannot_be_used_say_why(row, says, template, tmp_path, capsys)
 
 
 def test_unusable_rows_are_left_out_and_counted(tmp_path, tokenizer, capsys):
-    """A broken row, or what is no demonstration, would cost a run, or a broken file be taken for a small one."""
+    """A broken row would cost a run, or a broken file be taken for a small one."""
     good, path = {"prompt": "a", "response": "b"}, tmp_path / "x.jsonl"
     broken, others = [case[0] for case in BROKEN if len(case) == 2], [row for row, _ in NO_DEMONSTRATIONS]
     rows = [good] * 3 + others + [good] * 9 * len(broken) + broken
@@ -198,7 +198,7 @@ WINDOWS = [  # flags, the model, its config; the longest response that this leav
 
 @pytest.mark.parametrize("flags, kind, config, expected", WINDOWS)
 def test_prompts_and_responses_share_the_window(flags, kind, config, expected, tmp_path, capsys):
-    """Positions beyond the window, or ids beyond the embeddings, would crash a GPU after hours, or mean nothing."""
+    """Positions beyond the window or ids beyond the embeddings would crash a GPU after hours."""
     byte_tokenizer().save_pretrained(tmp_path)
     AutoConfig.for_model(kind, **{"vocab_size": 300, "eos_token_id": EOS} | config).save_pretrained(tmp_path)
     path = write_jsonl(tmp_path / "x.jsonl", [{"prompt": "a", "response": "Q" * 399}])
@@ -210,7 +210,7 @@ def test_prompts_and_responses_share_the_window(flags, kind, config, expected, t
 
 
 def test_what_may_explain_a_bad_run_is_counted(tmp_path, capsys):
-    """A run on words that its tokenizer does not know, on cut responses or on its own problems would end well."""
+    """A run on unknown words, on cut responses or on its own problems would end well."""
     rows = [{"question": f"Mia has {n} keys .", "answer": "1 + 1 = 2 . 2"} for n in range(1, 10)]
     heldout = write_jsonl(tmp_path / "heldout.jsonl", rows[:1])
     data = write_jsonl(tmp_path / "x.jsonl", [*rows, {"question": "Supercalifragilistic", "answer": "1"}])
@@ -239,7 +239,7 @@ def test_a_tenth_is_held_out_by_seed(inputs, tmp_path, capsys):
 
 
 def test_the_log_says_what_is_used_and_what_is_changed(tmp_path, tokenizer, capsys):
-    """A column of its own for a system prompt would be missing, or a model trained on lower case, without a word."""
+    """A system prompt in its own column, or the capitals, would be missing without a word."""
     row = {"prompt": Q, "response": "IRON is Fe", "system_prompt": "Be brief."}
     row |= {"history": [["a", "b"]], "id": 7}
     path = write_jsonl(tmp_path / "x.jsonl", [row, {"prompt": Q, "response": "iron is fe \n"}])
@@ -254,7 +254,7 @@ def test_the_log_says_what_is_used_and_what_is_changed(tmp_path, tokenizer, caps
 
 
 def test_a_folder_with_configurations(inputs, tmp_path, capsys):
-    """Such a dataset could not be named, and what the library raises would be a page of its code."""
+    """Such a dataset could not be named, and the error be a page of a library's code."""
     (tmp_path / "main").mkdir()
     write_jsonl(tmp_path / "main/train.jsonl", [{"question": Q, "answer": A}])
     configs = [f"- config_name: {name}\n  data_files: {name}/train.jsonl\n" for name in ("main", "other")]

@@ -38,7 +38,7 @@ def test_bad_rows(task, row, says, tmp_path, inputs, capsys):
 
 
 def test_one_bad_row_in_ten_is_left_out_of_answers(tmp_path, inputs, capsys):
-    """The file that one trained on could not be asked, or a benchmark would silently lose problems."""
+    """The file that one trained on could not be asked, or a benchmark would lose problems."""
     bad = GSM_ROW | {"answer": 2}
     file = write_jsonl(tmp_path / "x.jsonl", [GSM_ROW] * 9 + [bad])
     assert evaluate(f"{inputs} --data {file}")["results"]["answers"]["n"] == 9
@@ -79,7 +79,7 @@ def test_bad_flags(flags, says, capsys):
 
 @pytest.mark.parametrize("name", ["out", "answers"])
 def test_no_file_is_overwritten_or_left_behind(name, tmp_path, capsys):
-    """A result of hours, or of a second run at once, would be lost; that of a refused run be in the way."""
+    """A result of hours would be lost, or the file of a refused run be in the way."""
     rows = write_jsonl(tmp_path / "rows.jsonl", [GSM_ROW])
     refused(capsys, f"--{name} {rows}", f"{rows}: File exists; choose a file that does not exist")
     assert rows.read_text() == json.dumps(GSM_ROW) + "\n"

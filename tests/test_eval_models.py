@@ -35,7 +35,7 @@ KINDS = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_in_batches_as_alone(kind):
-    """Pads, neighbours in the batch or a cache could leak into a response, unlike in a plain loop."""
+    """Pads, neighbours in the batch or a cache could leak into a response."""
     lm, rng = lm_of(random_model(kind, **KINDS[kind]), byte_tokenizer()), random.Random(0)
     prompts = [rng.choices(range(3, 250), k=n) for n in (3, 12, 12, 30, 7)]
     for prompt, (text, was_cut) in zip(prompts, ev.generate(lm, prompts, [], 8, 0, 3), strict=True):
@@ -56,7 +56,7 @@ def saved(folder, model=None, **changes):
 
 
 def test_models_that_a_batch_changes_are_refused(tmp_path, capsys):
-    """Pads would change Mamba's states and RoBERTa's positions, and RWKV would mix up the rows of a batch."""
+    """Pads would change Mamba's states and RoBERTa's positions, and RWKV mix up the rows."""
     no_cache = "no key-value cache"
     for kind, says in (("mamba", no_cache), ("rwkv", no_cache), ("roberta", "cannot use roberta: padding")):
         model = random_model(kind, is_decoder=True, state_size=8, attention_hidden_size=32)
@@ -82,7 +82,7 @@ def test_weights_that_do_not_fit_the_config(tmp_path, capsys):
 
 
 def test_models_that_cannot_be_asked(tmp_path, capsys):
-    """Broken weights, a choice beyond the window, no template or no EOS would get a score all the same."""
+    """Broken weights, a choice beyond the window, no template or no EOS would get a score."""
     gsm = f"--data {write_jsonl(tmp_path / 'gsm.jsonl', [GSM_ROW])} --max-new-tokens 4"
     endless = ARC_ROW | {"choices": {"text": ["a", "a" * 300], "label": ["A", "B"]}}
     arc = f"--tasks arc_easy --data {write_jsonl(tmp_path / 'arc.jsonl', [endless])}"
@@ -110,7 +110,7 @@ def responses_of(folder, flags=""):
 
 
 def test_what_changes_a_response_and_what_does_not(tmp_path):
-    """Prompts padded on the wrong side, or a config for several responses, would change them; a seed would not."""
+    """Prompts padded on the wrong side, or a config for several responses, would change them."""
     plain = saved(tmp_path)
     alone = responses_of(plain, "--batch-size 1")
     assert len(alone[0][0]) > 1
@@ -156,7 +156,7 @@ def test_prompts_that_lose_their_beginning_are_counted(short, tmp_path):
 
 
 def test_windows():
-    """Prompts would be cut elsewhere than in lm_eval, or longrope would mix up the rows of a batch."""
+    """Prompts would be cut elsewhere than in lm_eval, or longrope mix up the rows of a batch."""
     longrope = {"rope_type": "longrope", "original_max_position_embeddings": 44}
     wrapper = {"text_config": SimpleNamespace(max_position_embeddings=33)}
     configs = {11: {"n_positions": 11}, 22: {"max_position_embeddings": 22}, 33: wrapper, 77: {}}
@@ -167,7 +167,7 @@ def test_windows():
 
 
 def test_a_shared_beginning_is_read_once():
-    """MMLU's few-shot examples would be read for every problem or letter, or used when no longer in the cache."""
+    """Few-shot examples would be read for every letter, or used when no longer in the cache."""
     rng = random.Random(0)
     examples, *rests = [rng.choices(range(3, 250), k=k) for k in (40, 9, 12, 9, 30)]
     pairs = [(examples + rest, continuation) for rest in rests for continuation in ([5], [6], [7, 8, 9])]
@@ -185,7 +185,7 @@ def test_a_shared_beginning_is_read_once():
 
 
 def test_own_tasks_end_at_an_eos_token_that_is_not_special(tmp_path):
-    """The end of a turn would stay in the answer and make it wrong, as it does in lm_eval's tasks."""
+    """The end of a turn would stay in the answer and make it wrong."""
     rows = write_jsonl(tmp_path / "rows.jsonl", [GSM_ROW])
     flags = f"--model {saved(tmp_path)} --data {rows} --max-new-tokens 9"
     [sample] = evaluate(flags)["samples"]["answers"]
@@ -202,7 +202,7 @@ def test_own_tasks_end_at_an_eos_token_that_is_not_special(tmp_path):
 
 
 def test_a_tokenizer_with_more_ids_than_the_model(tmp_path, capsys):
-    """An id without an embedding would end the run in an IndexError, or on a GPU in an assertion."""
+    """An id without an embedding would end the run in an IndexError."""
     tokenizer, known = byte_tokenizer(), len(byte_tokenizer())
     tokenizer.add_tokens(["house"])
     rows = write_jsonl(tmp_path / "x.jsonl", [GSM_ROW | {"question": "How many house?"}])

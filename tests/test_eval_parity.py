@@ -11,7 +11,7 @@ import eval as ev
 
 
 def check_equal(task, outcome, expected):
-    """For each document the first failure names the cause: prompt, what was said, what counted; then means."""
+    """For each document the first failure names the cause: prompt, response, what counted."""
     for sample, document in zip(outcome["samples"][task], expected["documents"], strict=True):
         for key in ("prompts", "continuations", "prompt"):
             assert sample.get(key) == document.get(key)
@@ -43,7 +43,7 @@ BATCHES += [("A gsm8k 5 shots", 2), ("B gsm8k 2 shots, chat", 3), ("B gsm8k, eve
 
 @pytest.mark.parametrize("name, batch", BATCHES)
 def test_equal_to_lm_eval(name, batch, models):
-    """A prompt that differs in one blank, a missing BOS, one stop sequence less: each changes the score."""
+    """A prompt that differs in one blank, or one stop sequence less, changes the score."""
     task = oracle.CASES[name]["task"]
     outcome = evaluate(flags_of(oracle.CASES[name], models, batch))
     check_equal(task, outcome, GOLDEN["cases"][name])
@@ -65,7 +65,7 @@ def test_canned_responses_score_as_in_lm_eval(task):
 
 
 def test_mmlu_in_one_file(models, tmp_path):
-    """The Hub's configuration `all`, one table with a column subject, would not be read as the folders are."""
+    """The Hub's configuration `all`, one table for all subjects, would not be read."""
     for split in ("test", "dev"):
         rows = []
         for folder in sorted((oracle.ROWS / "mmlu").iterdir()):

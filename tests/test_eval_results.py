@@ -42,7 +42,7 @@ def test_programs_that_must_fail(name):
 
 
 def test_programs_see_no_secrets_and_leave_nothing(tmp_path, monkeypatch):
-    """A program could send the user's keys away, or leave a process that goes on after its score."""
+    """A program could send the user's keys away, or leave a process that goes on."""
     monkeypatch.setenv("HF_TOKEN", "secret")
     assert ev.passes("import os\nassert 'HF_TOKEN' not in os.environ")
     at_home = "assert os.path.samefile(os.environ['HOME'], tempfile.gettempdir())"
@@ -79,7 +79,7 @@ def test_a_tokenizer_that_removes_blanks(tmp_path, capsys):
 
 
 def test_what_counts():
-    """One right response of four would count as a right answer, or of equal choices another one than the first."""
+    """One right response of four would count in full, or of equal choices not the first."""
     problem = {"choices": ["a", "b"], "gold": 0}
     assert ev.acc(problem, [-2.0, -2.0])["acc,none"] == 1
     assert ev.mc2(problem | {"labels": [0, 1]}, [-2000.0, -2000.0])["acc,none"] == 0.5  # not 0 / 0
@@ -92,7 +92,7 @@ def test_what_counts():
 
 
 def test_summary_by_hand():
-    """A standard error, an interval or MMLU's groups would differ from lm_eval's, or be there for one problem."""
+    """A standard error, an interval or MMLU's groups would differ from lm_eval's."""
     scored = [{"truncated": True, "empty": 2, "metrics": {"acc,none": right}} for right in (1, 0, 1)]
     summary = ev.summarize(scored)
     low, high = summary.pop("acc_interval,none")
@@ -113,7 +113,7 @@ def test_summary_by_hand():
 
 
 def test_compare_by_hand():
-    """Three problems that only A has right and one that only B has would give another p than 2 (1 + 4) / 16."""
+    """Three problems that only A has right and one that only B has would give another p."""
     found = ev.paired_difference([1, 1, 1, 0, 1, 1, 0, 0, 0, 0], [0, 0, 0, 1, 1, 1, 0, 0, 0, 0])
     deviation = math.sqrt((3 * 0.8**2 + 1.2**2 + 6 * 0.2**2) / 9)
     expected = {"difference": 0.2, "half_width": 1.96 * deviation / math.sqrt(10), "mcnemar_p": 0.625}

@@ -19,7 +19,7 @@ HH = "\n\nHuman: Hi \n\nAssistant: Hello\n\nHuman: Why?\n\nAssistant: So. #### 2
 
 
 def test_answers_asks_as_training_does(inputs, tmp_path):
-    """A policy that is trained on one prompt and asked with another would look worse than it is."""
+    """A policy that is trained on one prompt and asked with another would look worse."""
     system = {"role": "system", "content": "Short."}
     rows = [GSM_ROW, {"messages": [system, user("1+1?"), assistant("#### 1,002")]}]
     rows += [{"instruction": "1+1?", "output": "####\t$2."}, {"chosen": HH, "rejected": "x"}]
@@ -43,7 +43,7 @@ def reward_model(folder, pad=1, labels=1, tokenizer=None, eos=1):
 
 @pytest.mark.parametrize("pad", [1, 0, None])
 def test_a_reward_is_read_at_the_end_of_the_training_text(pad, tmp_path):
-    """A reward read at another token than it was fitted at, as where EOS is also the pad, would be noise."""
+    """A reward read at another token than it was fitted at would be noise."""
     tokenizer = byte_tokenizer(ZEPHYR.replace("</s>", "<|end|>"))
     model = reward_model(tmp_path, pad, tokenizer=tokenizer, eos=[1, 2])  # as irft.py saves it
     demo = gsil.encode(GSM_ROW, tokenizer, {1, 2})
@@ -60,7 +60,7 @@ def test_a_reward_is_read_at_the_end_of_the_training_text(pad, tmp_path):
 
 
 def test_models_that_cannot_be_a_reward(tmp_path, inputs, capsys):
-    """A missing head would be random, or a trained one thrown away, after all responses are sampled."""
+    """A missing head would be random, or a trained one be thrown away."""
     flags = f"{inputs} --tasks reward --reward-model {tmp_path}"
     reward_model(tmp_path, labels=2)
     refused(capsys, flags, "num_labels=1")
@@ -96,7 +96,7 @@ def beaver_model(folder):
 
 
 def test_a_reward_model_of_the_papers(tmp_path):
-    """The reward model of the papers, with other names and another format, would be refused or be random."""
+    """The papers' reward model, with other names and another format, would be random."""
     score, bias = beaver_model(tmp_path)
     rm = ev.load_reward_model(ev.parse_args(["--reward-model", str(tmp_path), "--reward-template", "beaver"]))
     turns = [user("Hi"), assistant("Yes?"), user("1+1?")]
@@ -134,7 +134,7 @@ BENCH = {83: ("writing", 0.7), 81: ("new", 0.7), 82: ("math", 0), 84: ("stem", 0
 
 
 def test_mt_bench_writes_what_fastchat_reads(inputs, tmp_path, capsys):
-    """FastChat's judge would miss a field, or judge responses at another temperature than the published ones."""
+    """FastChat's judge would miss a field, or judge responses at another temperature."""
     rows = [{"question_id": n, "category": BENCH[n][0], "turns": ["1+1?", "And?"]} for n in BENCH]
     questions, file = write_jsonl(tmp_path / "question.jsonl", rows), tmp_path / "toy.jsonl"
     flags = f"{inputs} --tasks mt_bench --data {questions} --answers {file} --seed 5"

@@ -15,7 +15,7 @@ ANSWERS |= {"#### 7\r\nmore": "7", "####\u00a07\t": "7", "#### 1\n#### 2": "2", 
 
 
 def test_final_answers(tokenizer):
-    """GSM8K's '#### 1,234' would not match a bare 1234, or a heading of a demonstration be its answer."""
+    """GSM8K's '#### 1,234' would not match 1234, or a heading be a demonstration's answer."""
     assert {text: gsil.final_answer(text) for text in ANSWERS} == ANSWERS
     headings = {"#### Step 1: Add\n1 + 1 = 2\n\n#### 2 \n\n": "2", "#### A heading\nand no value": None}
     for response, answer in headings.items():
@@ -55,7 +55,7 @@ def test_sampled_is_sampled_at_temperature_1(inputs, tmp_path):
 
 
 def test_what_cannot_be_measured_is_null(tmp_path, inputs, capsys):
-    """Free text would get an accuracy of 0, and a model without dev problems an arbitrary best round."""
+    """Free text would get an accuracy of 0, or without dev problems any round be the best."""
     data = write_jsonl(tmp_path / "x.jsonl", [{"prompt": f"say {n}", "response": f"{n}"} for n in range(20)])
     flags = f"{inputs} --data {data} --rounds 2 --scale 1 --epochs 1 --baseline none --out {tmp_path}/out"
     rows = run(flags)

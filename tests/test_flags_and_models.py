@@ -16,7 +16,7 @@ import irft
 
 
 def test_defaults(capsys):
-    """A default that --help hides, or that depends on another flag, would have to be looked up in the code."""
+    """A default that --help hides would have to be looked up in the code."""
     with pytest.raises(SystemExit):
         gsil.parse_args(["--help"])
     text = capsys.readouterr().out
@@ -42,7 +42,7 @@ def test_flags_out_of_range_are_refused_by_name(capsys):
 
 
 def unusable_models(folder):
-    """Makes of the folder one model after the other that cannot be used; yields what must be said of it."""
+    """Makes of the folder one unusable model after the other; yields what must be said of it."""
 
     def change(model, **values):
         model.save_pretrained(folder)
@@ -94,7 +94,7 @@ def unusable_models(folder):
 
 
 def test_a_model_that_cannot_be_used_is_one_sentence_before_any_work(inputs, tmp_path, capsys):
-    """Random weights would be trained, samples come from another distribution, or a model's own code run."""
+    """Random weights would train, samples come from another model, or a model's code run."""
     for says in unusable_models(tmp_path / "model"):
         said = refusal(capsys, f"{inputs} --model {tmp_path}/model --out {tmp_path}/out")
         assert said.startswith("error: ") and says in said.replace("NaN", "nan"), said
@@ -105,7 +105,7 @@ def test_a_model_that_cannot_be_used_is_one_sentence_before_any_work(inputs, tmp
 
 @pytest.mark.parametrize("listed, expected", [([EOS, 2], {EOS, 2}), (2, {EOS, 2}), (None, {EOS})])
 def test_every_eos_the_model_lists_ends_a_response(listed, expected, inputs, tmp_path, tokenizer):
-    """A chat model's samples would run on to the cap, as its turns may end by another id than the tokenizer's."""
+    """A chat model's samples would run on to the cap, as its turns may end by another id."""
     model = tiny_model()
     model.generation_config.eos_token_id = listed
     save(tmp_path, model, tokenizer)
@@ -114,7 +114,7 @@ def test_every_eos_the_model_lists_ends_a_response(listed, expected, inputs, tmp
 
 @pytest.mark.parametrize("bos", ["", "<s>"])
 def test_a_prompt_template_is_used_and_saved(bos, tmp_path, capsys):
-    """A base model would be trained on one format and used with another, or without the BOS that it expects."""
+    """A base model would be trained on one format and used with another, or without its BOS."""
     tokenizer = byte_tokenizer(chat_template=None)
     if bos:
         first = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
@@ -135,7 +135,7 @@ def test_a_prompt_template_is_used_and_saved(bos, tmp_path, capsys):
 
 
 def test_a_warmup_without_an_end_is_refused(inputs, tmp_path, capsys):
-    """A run in which no weight moves, or the rate never comes to --lr, would end as if it had worked."""
+    """A run whose rate never comes to --lr would end as if it had worked."""
     for flags, script in (("--batch 6", gsil), ("--reward-steps 1 --policy-steps 9", irft)):
         said = refusal(capsys, f"{inputs} {flags} --epochs 1 --warmup 1 --out {tmp_path}/out", script)
         assert said.startswith("error: --warmup 1: ") and not (tmp_path / "out").exists()

@@ -40,7 +40,7 @@ def killed(flags):
 
 
 def test_kill_9_and_resume(inputs, undisturbed, tmp_path, capsys):
-    """A machine that is taken away would cost finished work, or change the weights that the run ends with."""
+    """A machine that is taken away would cost finished work, or change the final weights."""
     out = tmp_path / "out"
     flags = inputs + FAST + f"--rounds 2 --out {out}"
     process = multiprocessing.get_context("fork").Process(target=killed, args=(flags,))
@@ -54,7 +54,7 @@ def test_kill_9_and_resume(inputs, undisturbed, tmp_path, capsys):
 
 
 def test_a_fault_at_every_rename_and_resume(inputs, tmp_path, monkeypatch):
-    """A file or folder that is half written would be taken for whole, or a whole one be missed, after a fault."""
+    """A file that is half written would be taken for whole, or a whole one be missed."""
     replace, names, failing = os.replace, [], None
 
     def fails(source, target):
@@ -80,7 +80,7 @@ def test_a_fault_at_every_rename_and_resume(inputs, tmp_path, monkeypatch):
 
 
 def test_resume_with_more_rounds_and_another_baseline(inputs, undisturbed, tmp_path):
-    """Finished rounds would be trained again, or lose their seconds, or get some that nobody measured."""
+    """Finished rounds would train again, lose their seconds, or get some that nobody measured."""
     out = tmp_path / "out"
     before = run(inputs + FAST + f"--baseline none --out {out}")
     rows = run(f"--resume {out} --rounds 2 --baseline sft")
@@ -98,7 +98,7 @@ OTHER = """--model x, --data x, --split x, --dev x, --heldout x, --habit x, --pr
 
 
 def test_a_run_goes_on_with_its_own_flags_or_not_at_all(undisturbed, capsys):
-    """Half of a run would be trained one way and half another, and args.json be right for neither."""
+    """Half of a run would be trained one way and half another, against args.json."""
     saved = json.loads((undisturbed / "args.json").read_text())
     anew = "--device cpu --micro-batch 77 --baseline none --rounds 3 --lr 1e-3"  # the last one as it was
     args = vars(gsil.parse_args(["--resume", str(undisturbed), *anew.split()]))
@@ -142,7 +142,7 @@ def interrupt(*_, **__):
 
 
 def test_ctrl_c_says_how_to_go_on_if_there_is_something_to_go_on_with(inputs, tmp_path, monkeypatch, capsys):
-    """Advice to resume a folder that does not exist would send a person astray; none would cost the run."""
+    """Advice to resume a folder that does not exist would mislead; none would cost the run."""
     flags = f"{inputs} --out {tmp_path}/out"
     with monkeypatch.context() as patches:
         patches.setattr(AutoConfig, "from_pretrained", interrupt)

@@ -32,7 +32,7 @@ def sources(module):
 
 
 def test_what_both_scripts_need_is_the_same():
-    """A fix would be made in one script only, and `diff gsil.py irft.py` would not show the methods' difference."""
+    """A fix would be made in one script only, and a diff not show the methods' difference."""
     ours, theirs = sources(irft), sources(gsil)
     different = {name for name in ours.keys() & theirs if ours[name] != theirs[name]}
     allowed = {"parse_args", "train_sft", "main", "load_model", "LOSSES", "PRINTED"}
@@ -69,7 +69,7 @@ def reward_folder(folder, tmp_path_factory):
 
 
 def test_reward_is_that_of_an_ordinary_classifier(folder, reward_folder):
-    """transformers would read a saved reward at another token, or a new head would reward noise."""
+    """transformers would read a saved reward elsewhere, or a new head would reward noise."""
     model = load_reward(reward_folder)[0]
     loaded = AutoModelForSequenceClassification.from_pretrained(reward_folder).eval()
     pads = AutoTokenizer.from_pretrained(reward_folder)
@@ -91,7 +91,7 @@ def fit(path, flags, pairs, out, preferences=()):
 
 
 def test_the_reward_learns_and_preferences_join_with_their_weight(folder, reward_folder, tmp_path):
-    """A sign error would turn the reward around, or the linear loss fall forever without its penalty."""
+    """A sign error would turn the reward around, or linear fall forever without its penalty."""
     pairs, others, margins = made_pairs(tiny_model(), 8), made_pairs(tiny_model(), 5, seed=1), []
     for flags in ("", "--reward-loss linear", "--reward-loss linear --reward-penalty 1"):
         first, *_, last = fit(folder, f"--reward-steps 24 --reward-lr 1e-2 {flags}", pairs, tmp_path)
@@ -141,7 +141,7 @@ def share_of_small_tokens(model):
 
 
 def test_policy_steps_reach_the_closed_form(tmp_path):
-    """A wrong sign, KL or weight of it, or samples compared with those of another prompt, would lead elsewhere."""
+    """A wrong sign, KL or weight of it, or another prompt's baseline would lead elsewhere."""
     policy, start = tiny_model(), share_of_small_tokens(tiny_model())
     flags = "--kl 0.5 --policy-steps 24 --group-size 60 --policy-lr 1e-2 --micro-batch 4096"
     improve(policy, flags, tmp_path, max_new_tokens=1)
@@ -151,7 +151,7 @@ def test_policy_steps_reach_the_closed_form(tmp_path):
 
 @pytest.mark.parametrize("epochs, moves", [(1, True), (2, False)])
 def test_only_later_passes_clip(epochs, moves, tmp_path):
-    """Rounding, in bf16 several percent, would clip the first pass, or later passes would forget the samples' age."""
+    """Rounding would clip the first pass, or later passes would forget the samples' age."""
     policy = tiny_model()
 
     def disturb(_, __, logits):  # training finds all tokens but 299 unlikely: a ratio of nearly 0
@@ -166,7 +166,7 @@ def test_only_later_passes_clip(epochs, moves, tmp_path):
 
 
 def test_one_chunk_is_a_round_of_gsil_with_spin(inputs, tmp_path):
-    """IRFT with T = 1 would not be SPIN: the same samples, the same steps, the same weights to the last digit."""
+    """IRFT with T = 1 would not be SPIN, with the same samples and the same weights."""
     flags = f"{inputs} --baseline none --batch 4 --out {tmp_path}"
     run(f"{flags}/irft --method irft", irft)
     run(f"{flags}/gsil --loss spin")
@@ -181,7 +181,7 @@ METHODS |= {"--method irft --chunks 4 --loss linear": 4}
 
 @pytest.mark.parametrize("flags, rounds", METHODS.items())
 def test_end_to_end(flags, rounds, inputs, folder, tmp_path):
-    """A mode would not reach its table, chunks overlap, or SFT train all weights beside one with LoRA."""
+    """A mode would not reach its table, chunks overlap, or SFT train what LoRA does not."""
     data, out = irft.parse_args(inputs.split()).data, tmp_path / "out"  # six demonstrations
     rows = run(f"{inputs} --dev {data} --heldout {data} --out {out} --lora-rank 2 {flags}", irft)
     assert [*rows] == ["base", *(f"round {t + 1}" for t in range(rounds)), "sft"]
@@ -206,7 +206,7 @@ def two_rounds(inputs, reward_folder, tmp_path_factory):
 
 
 def test_a_second_round_builds_on_the_first(two_rounds):
-    """A reward that starts anew would forget, and a reference that moves along would let the policy walk away."""
+    """A reward that starts anew would forget, and a moving reference let the policy walk away."""
     first, second = (logged(two_rounds, f"round {t} reward")[0]["loss"] for t in (1, 2))
     assert second == pytest.approx(math.log(2), abs=1e-5) and abs(first - math.log(2)) > 0.1  # no change yet
     start, end = (load_file(two_rounds / f"round_{t}_reward/model.safetensors") for t in (1, 2))
@@ -237,7 +237,7 @@ def test_a_second_round_of_a_resumed_run(finished, two_rounds, tmp_path, capsys)
 
 
 def test_a_sick_round_is_warned_of(inputs, small, tmp_path, capsys):
-    """A warning that fires on every run would soon be ignored, and one that never fires would protect nobody."""
+    """A warning on every run would soon be ignored, and one that never fires protects nobody."""
     short = "--baseline none --reward-steps 1 --policy-steps 1 --policy-batch 2"
     run(f"{inputs} {short} --reward-lr 1e-60 --policy-lr 1e-60 --kl 0 --out {tmp_path}/idle", irft)
     assert not re.search("length alone|runs away|1 - 1/", capsys.readouterr().out)
@@ -272,7 +272,7 @@ def test_a_mistake_costs_no_samples(flags, inputs, two_rounds, tmp_path, capsys)
 
 @pytest.mark.parametrize("kind, layers", [("llama", 7), ("phi3", 4), ("gpt2", 4)])  # plain, fused, Conv1D
 def test_lora_starts_as_the_model_itself_and_merges_into_it(kind, layers, tmp_path):
-    """Policy and reference would differ at first, a layer stay untrained, or the saved model do something else."""
+    """Policy and reference would differ at first, or the saved model do something else."""
     model = helpers.random_model(kind)
     before = irft.response_logps(model, PAIRS)
     irft.add_lora(model, 3, "a seed")

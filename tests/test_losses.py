@@ -13,7 +13,7 @@ import gsil
 
 
 def test_logps_equal_a_naive_loop_for_any_batch(model):
-    """A shifted target, a lost EOS, pads or prompts in the sum, or a sum in bf16 would spoil every log-ratio."""
+    """A shifted target, a lost EOS, pads or prompts in the sum would spoil every log-ratio."""
     before = copy.deepcopy(PAIRS)
     # float32 rounds sums of up to 40 nats to about 1e-5
     expected = pytest.approx([naive_logp(model, prompt, response) for prompt, response in PAIRS], abs=1e-4)
@@ -27,7 +27,7 @@ def test_logps_equal_a_naive_loop_for_any_batch(model):
 
 
 def test_batches_and_pad_do_what_their_docstrings_show():
-    """A reader would be misled by the examples, and a batch beyond its limits would run out of memory."""
+    """A reader would be misled by the examples, or a batch run out of memory."""
     assert gsil.batches([3, 9, 2], 2) == [[2, 0], [1]]
     found = gsil.batches([4, 9, 1, 4, 30, 2, 7], max_tokens=12)
     assert found == [[2, 5, 0], [3], [6], [1], [4]]  # 3 texts of at most 4, ..., one that is too long alone
@@ -36,7 +36,7 @@ def test_batches_and_pad_do_what_their_docstrings_show():
 
 
 def test_checkpointed_activations_change_no_gradient(inputs):
-    """The flag would save no memory, as transformers' own switch in evaluation mode, or train another model."""
+    """The flag would save no memory, as transformers' own switch, or train another model."""
     gradients, calls = [], []
     for flags, passes in (("", 1), ("--checkpoint-activations", 2)):  # the second time for the gradient
         args = gsil.parse_args((inputs + flags).split())
@@ -50,7 +50,7 @@ def test_checkpointed_activations_change_no_gradient(inputs):
 
 
 def test_gsil_loss_by_hand(model):
-    """Exchanged sides, a missing reference or scale, or a tie that is counted as told apart would all train."""
+    """Exchanged sides, a missing reference or scale, or a tie that is told apart would train."""
     d_real, d_generated = [3.0, 1.0, -2.0], [1.0, 1.0, 1.5]
     sides = {"real": ([6], d_real), "generated": ([8], d_generated)}
     pairs = [{"prompt_ids": [5], "real_ids": [6], "generated_ids": [8]} for _ in d_real]

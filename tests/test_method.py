@@ -17,13 +17,13 @@ OWN_LOSS = lambda real, generated: gsil.tangent_exp(-real / 2) + gsil.tangent_ex
 
 @pytest.fixture
 def data(inputs):
-    """The six demonstrations of the fixture `inputs`, which may be dev and held-out problems, too."""
+    """The six demonstrations of the fixture `inputs`, also used as dev and held-out problems."""
     return gsil.parse_args(inputs.split()).data
 
 
 @pytest.mark.parametrize("loss", [*gsil.LOSSES, "your own", "sft"])
 def test_end_to_end(loss, inputs, data, tmp_path, monkeypatch):
-    """A --loss could fail to train, save or load, or README's word be false that an entry of LOSSES is enough."""
+    """A --loss could fail to train, save or load, or an entry of LOSSES not be enough for one."""
     monkeypatch.setitem(gsil.LOSSES, "your own", OWN_LOSS)
     out = tmp_path / "out"
     given = 2 if loss in ("hinge", "kliep") else 0  # the others learn the shift, which begins at 0
@@ -49,7 +49,7 @@ def test_end_to_end(loss, inputs, data, tmp_path, monkeypatch):
 
 
 def test_the_pairs_of_a_round_are_in_its_file(inputs, data, tmp_path):
-    """Samples that are edited, old or of another policy, or an EOS on a side that is cut, would be trained on."""
+    """Samples that are edited, old or of another policy would be trained on."""
     flags = inputs + f"--heldout {data} --scale 1 --lr 1e-2 --baseline none"
     run(f"{flags} --rounds 2 --out {tmp_path}/a")
     run(f"{flags} --seed 1 --out {tmp_path}/b")
@@ -80,7 +80,7 @@ def check_extrapolated(out, base, factor):
 
 
 def test_the_baselines_however_they_are_asked_for(inputs, data, tmp_path, capsys):
-    """--loss sft with fewer epochs, or a factor that nobody chose, would be a weaker baseline than the table's."""
+    """--loss sft with fewer epochs, or a factor that nobody chose, would be a weaker baseline."""
     common = inputs + f"--heldout {data} --epochs 1 --batch 4 --rounds 2 --scale 0.5 --lr 1e-3"
     run(f"{common} --dev {data} --loss sft --out {tmp_path}/a")
     printed = capsys.readouterr().out
@@ -99,7 +99,7 @@ def test_the_baselines_however_they_are_asked_for(inputs, data, tmp_path, capsys
 
 
 def test_the_best_round_is_chosen_on_dev(inputs, data, tmp_path, capsys):
-    """A round that is chosen on the held-out problems, or among equals the earlier one, would be flattered."""
+    """A round that is chosen on held-out problems, or the earlier of equals, would be flattered."""
     out = tmp_path / "out"
     rows = run(inputs + f"--dev {data} --rounds 3 --scale 0.51 --epochs 1 --baseline none --out {out}")
     assert "do not settle" not in capsys.readouterr().out
@@ -113,7 +113,7 @@ def test_the_best_round_is_chosen_on_dev(inputs, data, tmp_path, capsys):
 
 
 def test_the_log_and_the_factor_that_samples_best_on_dev(small, tmp_path, capsys):
-    """A person could not tell what was done, or a factor chosen greedily would make the control weak."""
+    """A person could not tell what was done, or a factor chosen greedily be a weak control."""
     flags = f"--data {small}/demos.jsonl --dev {small}/dev.jsonl --heldout {small}/heldout.jsonl"
     rows = run(f"{flags} --baseline extrapolated --lr 2e-3 --epochs 1 --out {tmp_path}/out")
     printed = capsys.readouterr().out
@@ -143,7 +143,7 @@ SHARES = [  # flags; responses of the model and of the demonstrators, a letter e
 
 @pytest.mark.parametrize("flags, own, theirs, says", SHARES)
 def test_the_predicted_habit(flags, own, theirs, says, inputs, tokenizer, tmp_path, capsys):
-    """0 %, 100 % or a number that no theory backs would pass for a prediction, or a prediction for a fact."""
+    """0 %, 100 % or a number that no theory backs would pass for a prediction."""
     out = tmp_path / "out"
     run(f"{inputs} --rounds 0 --habit y --baseline none {flags} --out {out}")
     pairs = [{"prompt_ids": [5], "real_reference": 0, "generated_reference": 0} for _ in own]

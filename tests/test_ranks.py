@@ -16,7 +16,7 @@ import gsil
 
 
 def measured(folder):
-    """Samples, log-probs, and what some steps of GSIL report, on a model that is sharded under torchrun."""
+    """Samples, log-probs and steps of GSIL on a model that is sharded under torchrun."""
     flags = f"--model {folder} --data x --checkpoint-activations --clip 0.5 --micro-batch 50"
     args = gsil.parse_args(flags.split())
     model = gsil.load_model(folder, args)
@@ -65,7 +65,7 @@ def two(inputs, tmp_path_factory):
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_two_processes_take_the_steps_of_one(rank, two, inputs):
-    """A wrong divisor, a gradient averaged twice, or a dummy that counts would train another model."""
+    """A wrong divisor, a gradient averaged twice, or a dummy that counts would train."""
     found, expected = torch.load(two[0] / f"{rank}.pt"), measured(gsil.parse_args(inputs.split()).model)
     assert found["sharded"] == {True} and expected["sharded"] == {False}
     assert found["samples"] == expected["samples"]
@@ -76,7 +76,7 @@ def test_two_processes_take_the_steps_of_one(rank, two, inputs):
 
 
 def test_a_run_of_two_processes(two):
-    """The pairs would be those of one process, the saved model a shard of it, or a mistake be told twice."""
+    """The pairs would be one process's, the model a shard of it, or a mistake be told twice."""
     out, said, errors = two
     assert said.count("2 x cpu") == said.count("results in") == errors.count("error: nowhere.jsonl") == 1
     assert not (out / "refused").exists()

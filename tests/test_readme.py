@@ -36,7 +36,7 @@ def test_commands_parse():
 
 
 def test_what_is_named_exists():
-    """A reader would look for flags, functions, files and headings that have another name by now."""
+    """A reader would look for flags, functions, files and headings that have other names now."""
     scripts = ["gsil.py", "irft.py", "eval.py", "tests/studies/toy.py"]
     sources = {script: (ROOT / script).read_text(encoding="utf-8") for script in scripts}
     flags = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) - {"--nproc-per-node", "--exclude"}
@@ -80,7 +80,7 @@ def test_the_pair_by_hand():
 
 
 def test_readme_has_the_numbers_that_were_measured():
-    """A number that was edited by hand would pass for one that a program printed into RESULTS.md."""
+    """A number edited by hand would pass for one that a program printed into RESULTS.md."""
     lines = re.findall(r"^\|.*±.*|^    (?:held-out|base|round 1|sft|rft 1)  .*", README, re.MULTILINE)
     assert len(lines) >= 11 and set(lines) <= set(RESULTS.splitlines())
     text, _, rest = README.partition("### One pair by hand")  # which is computed, above
@@ -92,7 +92,7 @@ def test_readme_has_the_numbers_that_were_measured():
 
 
 def test_the_toys_files_are_what_make_toy_makes(tmp_path):
-    """The committed files could not be made again, be overwritten by another seed, or share a question."""
+    """The committed files could not be made again, be overwritten, or share a question."""
     for seed, same in (("0", True), ("1", False)):
         make_toy.main(make_toy.parse_args(["--data-only", "--seed", seed, "--out", str(tmp_path)]))
         for part in ("demos", "dev", "heldout", "preferences"):

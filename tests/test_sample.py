@@ -24,7 +24,7 @@ MODELS = {  # what the layers of a model type keep of a text differs
 
 @pytest.mark.parametrize("kind", MODELS)
 def test_responses_are_those_of_each_prompt_alone(kind):
-    """Padding, the cache or rows that leave the batch early would give the responses of another model."""
+    """Padding, the cache or rows that end early would give another model's responses."""
     model = random_model(kind, **MODELS[kind])
     prompts = [[3 + (7 * n + 5 * k) % 90 for k in range(n)] for n in (1, 2, 5, 9, 9, 13)]
     whole = [greedy(model, prompt, 12, set()) for prompt in prompts]
@@ -49,7 +49,7 @@ def test_samples_follow_the_models_plain_softmax(temperature):
 
 
 def test_the_seed_decides_the_samples(model):
-    """A resumed run would sample other negatives than an undisturbed one, or every batch the same ones."""
+    """A resumed run would sample other negatives, or every batch the same ones."""
     first = gsil.sample(model, PROMPTS, {EOS}, 8, 1, 2, "0 round 1")
     torch.rand(3)  # what ran before must not matter
     assert gsil.sample(model, PROMPTS, {EOS}, 8, 1, 2, "0 round 1") == first

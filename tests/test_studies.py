@@ -39,7 +39,7 @@ def test_predictions():
 
 
 def test_intervals():
-    """0 of 96 would look certain, seeds that share their problems like new problems, or seeds that differ sure."""
+    """0 of 96 would look certain, or seeds that share their problems like new problems."""
     mean, half = pretrained.interval([[False] * 96])
     assert (mean, half) == (0, pytest.approx(1.96 * math.sqrt(0.02 * 0.98 / 96), rel=1e-9))
     assert pretrained.interval([[True, False] * 48] * 2) == pretrained.interval([[True, False] * 48])
@@ -62,7 +62,7 @@ NO_ENDS = ["", " #### 2", "\n#### 2\nNext:", "\n#### two", "\n####", "\n<<2+2=4\
 
 
 def test_valid_responses_of_gsm8k():
-    """Wrong sums, no sums, or a response without its last line would count as the habit that is measured."""
+    """Wrong sums, no sums, or a response without its last line would count as the habit."""
     for inside in [*TRUE.split(), *FALSE.split(), "(2+3=5", "exit()+1=1", "(" * 500 + "1=1", "="]:
         true = inside in TRUE.split()
         assert gsm8k.true_annotation(inside) == true, inside
@@ -94,7 +94,7 @@ TINY += " --policy-steps 1 --require 0 --max-new-tokens 20 --methods rft extrapo
 
 
 def test_pretrained(tmp_path, capsys):
-    """A flag or a file that the scripts no longer have would stop the study, or other settings' results join it."""
+    """A flag that left the scripts would stop the study, or other settings' results join it."""
     pretrained.main(pretrained.parse_args(f"{TINY}{tmp_path}".split()))
     rows = [json.loads(file.read_text()) for file in (tmp_path / "habit/rows").glob("*.json")]
     measured = [row for row in rows if isinstance(row, dict)]
@@ -135,7 +135,7 @@ def test_gsm8k(tmp_path, capsys):
 
 
 def test_toy(tmp_path, monkeypatch, capsys):
-    """Tables would say something else than the scripts' own, or a run have flags that its script has no more."""
+    """Tables would say something else than the scripts' own, or a run have lost its flags."""
     args = toy.parse_args(["all", "--out", str(tmp_path)])
     commands = [toy.command(name, 0, args) for name in toy.RUNS]
     for script, *flags in commands + [toy.shlex.split(text) for text in toy.PAPERS.values()]:

@@ -34,7 +34,7 @@ P, PI = vector(0.6, 0.3, 0.1), vector(0.2, 0.3, 0.5)  # the example of the whole
 
 
 def close(found, expected, tolerance=1e-6):
-    """Allow 1e-6 for what an optimizer found, 5e-4 for 3 digits written here, 1e-12 for rounding in float64."""
+    """1e-6 is for what an optimizer found, 5e-4 for 3 digits, 1e-12 for rounding."""
     found, expected = (torch.as_tensor(x, dtype=torch.float64) for x in (found, expected))
     torch.testing.assert_close(found, expected.expand(found.shape), atol=tolerance, rtol=0)
 
@@ -49,13 +49,13 @@ def random_logits(count):
 
 
 def expected_loss(loss, h, p, pi):
-    """E loss(h(y+), h(y-)) over y+ ~ p and y- ~ pi; all arguments but the loss have one number per outcome."""
+    """E loss(h(y+), h(y-)) over y+ ~ p and y- ~ pi, of one number per outcome."""
     real, generated = torch.cartesian_prod(torch.arange(3), torch.arange(3)).unbind(1)  # (9,): all pairs
     return (p[real] * pi[generated] * loss(h[real], h[generated])).sum()
 
 
 def minimise(objective, *parameters):
-    """Change the parameters in place until objective() is as small as it gets. For smooth objectives."""
+    """Change the parameters in place until objective(), which is smooth, is smallest."""
     for parameter in parameters:
         parameter.requires_grad_()
     precise = {"max_iter": 500, "tolerance_grad": 1e-12, "tolerance_change": 1e-16}
@@ -111,7 +111,7 @@ ALL = irft.LOSSES | LOSSES
 
 @pytest.mark.parametrize("name", TABLE)
 def test_losses_before_the_first_step(name):
-    """The first line of a training log, where d = 0 and h = shift, could not be compared with these values."""
+    """The first line of a log, where d = 0, could not be compared with these values."""
     for shift, value in zip((0, 2), TABLE[name]):
         close(ALL[name](vector(shift), vector(shift)), value, 5e-5)  # 4 digits above
 
@@ -133,7 +133,7 @@ def test_hinge_finds_the_sign_only():
 @pytest.mark.parametrize("scale", [0.25, 0.5, 1, 2])
 @pytest.mark.parametrize("loss", SMOOTH)
 def test_a_round_reaches_the_closed_form(loss, scale):
-    """The formula of all docstrings would be wrong for a loss, or a learned shift would not find scale * log Z."""
+    """The formula of all docstrings would be wrong, or a learned shift not find scale * log Z."""
     # spin needs no shift. At shift 0 the others stop short of the formula (except lsif at scale 1/2, by
     # luck: there E_pi[exp(2h)] is E_pi[pi'/pi], which is 1 for any policy).
     policy, right = closed_form(P, PI, scale)
@@ -155,7 +155,7 @@ def test_a_round_reaches_the_closed_form(loss, scale):
 
 @pytest.mark.parametrize("scale", [0.4, 0.5, 0.7, 1, 2])  # the factor is -1.5, -1, -.43, 0, 1/2
 def test_a_round_multiplies_the_error_by_one_minus_one_over_scale(scale):
-    """Rounds would be said to settle at the demonstrators where they do not, that is, at a scale up to 1/2."""
+    """Rounds would be said to settle where they do not, that is, at a scale up to 1/2."""
     # The logarithm of the closed form is log(pi'/p) = (1 - 1/scale) log(pi/p) + constant. Near p, log Z is as
     # small as the squared error, so there the one-sided losses at shift 0 do the same.
     factor, policy = 1 - 1 / scale, PI
@@ -177,7 +177,7 @@ def first_gradient(loss, logits, scale, shift=0.0):
 
 @pytest.mark.parametrize("name", TABLE)
 def test_the_first_step_of_a_round_is_a_step_of_sft(name):
-    """Learning rates of other losses and scales would seem comparable: the gradient is SFT's times scale * slope."""
+    """Losses would seem to learn alike: the gradient is SFT's times scale * slope."""
     # The generated half is 0 on average at any shift, because E_pi[grad log pi] = grad sum(pi) = grad 1. So it is
     # noise at first, and a brake as soon as d is not 0.
     loss, slope = ALL[name], TABLE[name][2]
@@ -191,7 +191,7 @@ def test_the_first_step_of_a_round_is_a_step_of_sft(name):
 
 @pytest.mark.parametrize("loss", SMOOTH)
 def test_endless_rounds_end_where_sft_ends(loss):
-    """README would promise that rounds improve a model which SFT on the same demonstrations has finished with."""
+    """README would promise that rounds improve a model with which SFT has finished."""
     # This policy cannot reach p: it can only tilt, and its demonstrators have a dent in the middle. A round's
     # first gradient is SFT's, so rounds leave every point but SFT's, where the mean tilt is the demonstrators'.
     tilt, dented = vector(0, 1, 2), vector(0.6, 0.1, 0.3)
@@ -217,7 +217,7 @@ def test_no_loss_and_no_gradient_overflows(loss):
 
 
 def test_beyond_5():
-    """A clamp would give up on what the policy overrates most, or real responses be pushed up forever."""
+    """A clamp would give up on what is overrated most, or real responses rise forever."""
     for loss, push in (("kliep", math.exp(5)), ("lsif", math.exp(10))):
         generated = vector(5, 6, 1000).requires_grad_()
         LOSSES[loss](vector(0, 0, 0), generated).sum().backward()
@@ -237,7 +237,7 @@ REWARD = vector(1, 0, -0.5)  # an example
 
 
 def best_policy(r, kl, reference=PI):
-    """pi_ref exp(r / kl) / Z, where every response earns the same after the penalty, so none should move."""
+    """pi_ref exp(r / kl) / Z: after the penalty all responses earn the same."""
     return (reference.log() + r / kl).softmax(-1)
 
 
@@ -248,7 +248,7 @@ def worth(policy, r, kl):
 
 @pytest.mark.parametrize("samples", [2, 4])
 def test_the_policy_gradient_is_right_on_average(samples):
-    """A wrong sign, a lost factor, or the mean of all samples in place of the others would move the optimum."""
+    """A wrong sign, a lost factor, or the mean of all samples would move the optimum."""
     rewards = torch.tensor([[1.0, 2, 6], [7, 7, 10]])  # of two prompts; 7 more for all of a prompt cancel
     close(advantages(rewards), [[-3, -1.5, 4.5], [-1.5, -1.5, 3]])
     groups = torch.cartesian_prod(*[torch.arange(3)] * samples)  # (3 ** samples, samples): all that can occur
@@ -274,7 +274,7 @@ def test_clip_stops_a_response_that_has_moved_far_enough():
 
 
 def fitted_reward(p, pi, before, penalty=0.0):
-    """The best reward for y+ ~ p and y- ~ pi by the script's loss, found from the reward of the round before."""
+    """The best reward for y+ ~ p and y- ~ pi, found from that of the round before."""
     model, pairs = Outcomes(before), []
     for real, generated in itertools.product(range(3), repeat=2):
         pair = {"prompt_ids": [3], "real_ids": [real], "generated_ids": [generated]}
@@ -320,7 +320,7 @@ def test_a_round_of_rft_multiplies_the_error_by_one_minus_one_over_kl(kl, first_
 
 
 def test_a_reward_that_does_not_accumulate_goes_back_to_the_start():
-    """Nobody would see why the reward and its penalty are those of a change: at kl 1 rounds alternate without it."""
+    """Nobody would see why a change of the reward is fitted: else at kl 1 rounds alternate."""
     for policy, expected in zip(rft_rounds(1, 4, accumulate=False), [START, SHOWN, START, SHOWN, START]):
         close(policy, expected)
     arrived = (SHOWN / START).log()

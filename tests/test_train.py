@@ -36,7 +36,7 @@ def trained(model, rows, flags, folder, loss_of=None, learned=(), dev=()):
 
 
 def test_an_update_is_the_gradient_of_the_whole_batch():
-    """Parts of the batch would weigh too much or run out of memory, or a step see the gradient of another one."""
+    """Parts of the batch would weigh too much, or a step see the gradient of another one."""
     model = tiny_model()
     shift = torch.tensor(0.5, requires_grad=True)
     pairs = made_pairs(model)
@@ -73,7 +73,7 @@ def test_an_update_is_the_gradient_of_the_whole_batch():
 
 
 def test_a_learned_shift_does_not_see_the_micro_batches(tmp_path):
-    """Adam's usual eps turns the rounding error that is the shift's first gradient into a step of 0.02."""
+    """Adam's usual eps makes a step of 0.02 of rounding error, the shift's first gradient."""
     last = []
     for micro in (4096, 60, 1):
         model, shift = tiny_model(), torch.tensor(0.0, requires_grad=True)
@@ -85,7 +85,7 @@ def test_a_learned_shift_does_not_see_the_micro_batches(tmp_path):
 
 
 def test_epochs_have_every_row_once_and_the_rate_rises_and_falls(tmp_path, capsys):
-    """Rows that are dropped or repeated bias training, and without warmup AdamW begins with full steps."""
+    """Rows dropped or repeated bias training, and without warmup AdamW begins with full steps."""
     model, seen = tiny_model(), []
     pairs = made_pairs(model, 7)
 
@@ -105,7 +105,7 @@ def test_epochs_have_every_row_once_and_the_rate_rises_and_falls(tmp_path, capsy
 
 
 def test_the_first_epoch_that_solves_most_dev_problems_is_saved(tmp_path, capsys):
-    """A later epoch with fewer right answers, or with as many and more overfitting, would be what people load."""
+    """A later epoch with fewer right answers, or with as many, would be what people load."""
     tokenizer = byte_tokenizer()
     prompt_ids = tokenizer("1 + 1 ?").input_ids
     texts = {answer: tokenizer(f"#### {answer}").input_ids + [EOS] for answer in "12"}
@@ -141,7 +141,7 @@ STOPS = {  # what must be said of a loss that is changed like this
 
 @pytest.mark.parametrize("says", STOPS)
 def test_training_stops_before_a_step_that_would_ruin_the_weights(says, tmp_path, capsys):
-    """References of other weights, a gradient that is not finite, or a loss that is a mean would train nonsense."""
+    """Other weights' references, an infinite gradient or a loss that is a mean would train."""
     model = tiny_model()
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(SystemExit) as stop:
