@@ -1,5 +1,4 @@
-"""Section 6 of gsil.py: any demonstrations -> ids. Right is the correct text, a refusal in one sentence, or a
-warning with a count, but never another text without a word."""
+"""Section 6 of gsil.py: any demonstrations -> ids, or a refusal or warning, but never silently another text."""
 
 import csv
 import io

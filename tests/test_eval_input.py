@@ -1,5 +1,4 @@
-"""eval.py: flags and rows that cannot be used, each said in one sentence before any work is done. How files
-are read is tested in test_data.py, as eval.py takes that from gsil.py."""
+"""eval.py: flags and rows that cannot be used. How files are read: test_data.py, as gsil.py does that."""
 
 import json
 

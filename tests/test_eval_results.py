@@ -1,5 +1,4 @@
-"""eval.py: what a response counts, also if it is a program; means, intervals and comparisons; what --out keeps. What
-code_eval, too, makes of exit(0), endless loops and the like is among the canned responses of test_eval_parity.py."""
+"""eval.py: what a response or a program counts; means, intervals and comparisons; what --out keeps."""
 
 import json
 import math

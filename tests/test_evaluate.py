@@ -1,6 +1,5 @@
 """Section 7 of gsil.py: what the table's numbers are."""
 
-import re
 
 import pytest
 import torch
@@ -55,11 +54,14 @@ def test_sampled_is_sampled_at_temperature_1(inputs, tmp_path):
 
 
 def test_what_cannot_be_measured_is_null(tmp_path, inputs, capsys):
-    """Free text would get an accuracy of 0, or without dev problems any round be the best."""
-    data = write_jsonl(tmp_path / "x.jsonl", [{"prompt": f"say {n}", "response": f"{n}"} for n in range(20)])
+    """Free text would get an accuracy of 0, or a text with control characters clear the screen."""
+    data = write_jsonl(
+        tmp_path / "x.jsonl", [{"prompt": f"say {n} \x1b[2J", "response": f"{n}"} for n in range(20)]
+    )
     flags = f"{inputs} --data {data} --rounds 2 --scale 1 --epochs 1 --baseline none --out {tmp_path}/out"
     rows = run(flags)
     printed = capsys.readouterr().out
+    assert all(char.isprintable() or char == "\n" for char in printed) and "\\x1b[2J" in printed
     for row in table(tmp_path / "out").values():
         assert row["dev"] is row["greedy"] is row["sampled"] is row["habit"] is None
         assert row["nll"] > 0 and 1 <= row["length"] <= 5 and 0 <= row["ended"] <= 1
@@ -68,14 +70,3 @@ def test_what_cannot_be_measured_is_null(tmp_path, inputs, capsys):
     assert titles.split() == ["nll", "length", "ended", "seconds"] and lines[0].split()[0] == "base"
     assert float(lines[0].split()[1]) > 0 and lines[0].split()[-1] == "-"
     assert "no --heldout" in printed and "round_2" in lines[-1]
-
-
-def test_control_characters_do_not_reach_the_terminal(inputs, tmp_path, capsys):
-    """A model that has learned them could clear the screen, or write over the numbers."""
-    evil = "\x1b[2J\x1b]0;title\x07\r\x08\u202e"
-    data = write_jsonl(tmp_path / "x.jsonl", [{"prompt": f"{n}\x1b[1m", "response": evil} for n in range(3)])
-    flags = f"--data {data} --heldout {data} --loss sft --epochs 60 --lr 1e-2 --max-new-tokens 40"
-    run(f"{inputs} {flags} --out {tmp_path}/out")
-    printed = capsys.readouterr().out
-    assert re.search(r"\\x1b\[1m.* -> .*\\x1b\[2J", printed)  # the prompt and what it has learned to answer
-    assert all(char.isprintable() or char == "\n" for char in printed)

@@ -1,5 +1,4 @@
-"""Sections 2 and 3 of gsil.py: log-probabilities, the batches they are made in, gsil_loss and sft_loss. The losses of
-LOSSES themselves: tests/test_theory.py."""
+"""Sections 2 and 3 of gsil.py: log-probabilities, gsil_loss, sft_loss. LOSSES themselves: test_theory.py."""
 
 import copy
 import math

@@ -1,5 +1,4 @@
-"""The parts of tests/studies whose mistakes would not show in a table: theory, data, intervals, and whether each
-command runs from its flags to its table."""
+"""The parts of tests/studies whose mistakes would not show in a table, and each of its commands."""
 
 import json
 import math
@@ -12,7 +11,7 @@ import pytest
 import torch
 import toy
 from helpers import read_jsonl, write_jsonl
-from transformers import AutoTokenizer, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 import gsil
 
@@ -70,22 +69,6 @@ def test_valid_responses_of_gsm8k():
     for end in ENDS + NO_ENDS:
         assert gsm8k.valid(f"<<1+1=2>>{end}") == (end in ENDS), end
     assert not gsm8k.valid("1+1 = 2\n#### 2")  # no annotation
-
-
-def test_selection_from_gsm8k():
-    """Test problems, or one part's problems in another part, would be trained on."""
-    tokenizer = AutoTokenizer.from_pretrained(gsil.TOY / "base")
-    rows = [{"question": str(n), "answer": f"{n % 10} + 1 . #### 2"} for n in range(40)]
-    rows[1]["answer"] = "<<" * 4
-    rows[2]["answer"] = "1 " * 91
-    args = gsm8k.parse_args(["--data=D", "--model=M", "--a=8", "--demos=6", "--dev-size=5"])
-    parts = gsm8k.select(rows, rows[:4], tokenizer, args)
-    numbers = {part: [int(row["question"]) for row in chosen] for part, chosen in parts.items()}
-    assert numbers["start"] == [0, *range(3, 10)] and numbers["a"] == [0, *range(3, 8)]
-    assert numbers["b"] == [*range(10, 16)] and numbers["dev"] == [*range(35, 40)]
-    assert numbers["test"] == [0, 3] and numbers["one"] == [35]
-    with pytest.raises(SystemExit, match="too few"):
-        gsm8k.select(rows[:20], rows, tokenizer, args)
 
 
 # From the command to the table: a study takes hours, so what cannot run must show before.
