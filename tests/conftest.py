@@ -57,18 +57,6 @@ def tokenizer():
     return byte_tokenizer()
 
 
-@pytest.fixture(scope="session", name="models")
-def models_of_parity(tmp_path_factory):
-    """The folder with models A and B that lm_eval was asked about: see tests/parity/oracle.py."""
-    from helpers import GOLDEN, oracle
-
-    folder = tmp_path_factory.mktemp("models")
-    oracle.build_models(folder)
-    if oracle.fingerprint(folder) != GOLDEN["models"]:
-        pytest.skip("this version of tokenizers makes other models than golden.json is about")
-    return folder
-
-
 @pytest.fixture(scope="session")
 def small(tmp_path_factory):
     """40 demonstrations and 20 problems of the toy: a run takes a second or two."""

@@ -10,6 +10,16 @@ from helpers import GOLDEN, evaluate, flags_of, oracle, write_jsonl
 import eval as ev
 
 
+@pytest.fixture(scope="session", name="models")
+def models_of_parity(tmp_path_factory):
+    """The folder with models A and B that lm_eval was asked about: see tests/parity/oracle.py."""
+    folder = tmp_path_factory.mktemp("models")
+    oracle.build_models(folder)
+    if oracle.fingerprint(folder) != GOLDEN["models"]:
+        pytest.skip("this version of tokenizers makes other models than golden.json is about")
+    return folder
+
+
 def check_equal(task, outcome, expected):
     """For each document the first failure names the cause: prompt, response, what counted."""
     for sample, document in zip(outcome["samples"][task], expected["documents"], strict=True):

@@ -40,8 +40,13 @@ def test_programs_that_must_fail(name):
     assert not ev.passes(PROMPT + MUST_FAIL[name] + TEST + "check(double)", seconds=1)
 
 
-def test_programs_see_no_secrets_and_leave_nothing(tmp_path, monkeypatch):
-    """A program could send the user's keys away, or leave a process that goes on."""
+def test_what_programs_may_do(tmp_path, monkeypatch):
+    """A program could send the user's keys away or leave a process, or a right one fail that starts a thread."""
+    for target in "threading.Thread", "multiprocessing.get_context('fork').Process":
+        program = f"import multiprocessing, threading\nmore = {target}(target=print)\n"
+        program += "more.start()\nmore.join()\n"
+        limit = "resource.getrlimit(resource.RLIMIT_NPROC)[0]"  # root alone would not be bound by it
+        assert ev.passes(f"{program}import resource\nassert 256 < {limit} < 1e6")
     monkeypatch.setenv("HF_TOKEN", "secret")
     assert ev.passes("import os\nassert 'HF_TOKEN' not in os.environ")
     at_home = "assert os.path.samefile(os.environ['HOME'], tempfile.gettempdir())"
@@ -54,15 +59,6 @@ def test_programs_see_no_secrets_and_leave_nothing(tmp_path, monkeypatch):
     ended, _, _ = select.select([pipe], [], [], 5)  # a pipe without anyone to write can be read, to its end
     assert ended and os.read(pipe, 1) == b""
     os.close(pipe)
-
-
-def test_programs_may_start_threads_and_processes():
-    """A right program would fail for every user but root, whom no limit of processes binds."""
-    for target in "threading.Thread", "multiprocessing.get_context('fork').Process":
-        program = f"import multiprocessing, threading\nmore = {target}(target=print)\n"
-        program += "more.start()\nmore.join()\n"
-        limit = "resource.getrlimit(resource.RLIMIT_NPROC)[0]"
-        assert ev.passes(f"{program}import resource\nassert 256 < {limit} < 1e6")
 
 
 def test_a_tokenizer_that_removes_blanks(tmp_path, capsys):

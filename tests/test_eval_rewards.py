@@ -15,14 +15,13 @@ from tokenizers import processors
 import eval as ev
 import gsil
 
-HH = "\n\nHuman: Hi \n\nAssistant: Hello\n\nHuman: Why?\n\nAssistant: So. #### 2"
-
 
 def test_answers_asks_as_training_does(inputs, tmp_path):
     """A policy that is trained on one prompt and asked with another would look worse."""
     system = {"role": "system", "content": "Short."}
     rows = [GSM_ROW, {"messages": [system, user("1+1?"), assistant("#### 1,002")]}]
-    rows += [{"instruction": "1+1?", "output": "####\t$2."}, {"chosen": HH, "rejected": "x"}]
+    transcript = "\n\nHuman: Hi \n\nAssistant: Hello\n\nHuman: Why?\n\nAssistant: So. #### 2"
+    rows += [{"instruction": "1+1?", "output": "####\t$2."}, {"chosen": transcript, "rejected": "x"}]
     file = write_jsonl(tmp_path / "rows.jsonl", rows)
     outcome = evaluate(f"{inputs} --data {file} --temperature 1 --seed 3")
     tokenizer, model = byte_tokenizer(), tiny_model()

@@ -1,6 +1,5 @@
 """Section 7 of gsil.py: what the table's numbers are."""
 
-
 import pytest
 import torch
 from conftest import tiny_model

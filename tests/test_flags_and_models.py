@@ -51,14 +51,11 @@ def unusable_models(folder):
 
     byte_tokenizer().save_pretrained(folder)
     # These load without an error, but not as what they are:
-    change(tiny_model(), quantization_config={"quant_method": "fp8"})
-    yield "quantized"
-    change(tiny_model(), num_hidden_layers=1)  # weights that nobody would use
-    yield "model.layers.1."
-    change(tiny_model(), num_hidden_layers=3)
-    yield "model.layers.2."
-    change(tiny_model(), vocab_size=310)
-    yield "lm_head.weight"
+    changes = {"quantized": {"quantization_config": {"quant_method": "fp8"}}, "lm_head.": {"vocab_size": 310}}
+    changes |= {"model.layers.1.": {"num_hidden_layers": 1}, "model.layers.2.": {"num_hidden_layers": 3}}
+    for says, values in changes.items():
+        change(tiny_model(), **values)
+        yield says
     (folder / "adapter_config.json").write_text("{}")
     yield "adapter"
     (folder / "adapter_config.json").unlink()

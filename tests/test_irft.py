@@ -65,9 +65,6 @@ def reward_folder(folder, tmp_path_factory):
     return helpers.save(tmp_path_factory.mktemp("reward"), model, tokenizer)
 
 
-# ---- the reward --------------------------------------------------------------------------------------------
-
-
 def test_reward_is_that_of_an_ordinary_classifier(folder, reward_folder):
     """transformers would read a saved reward elsewhere, or a new head would reward noise."""
     model = load_reward(reward_folder)[0]
@@ -120,9 +117,6 @@ def test_preferences_are_pairs(tokenizer):
             encode(row | {"rejected": rejected})
 
 
-# ---- the policy --------------------------------------------------------------------------------------------
-
-
 def improve(policy, flags, out, max_new_tokens=6):
     """Policy steps, each on 4 of 6 prompts; the metrics of the last step."""
     args = args_for(out, f"--policy-batch 4 {flags}")
@@ -160,9 +154,6 @@ def test_only_later_passes_clip(epochs, moves, tmp_path):
     policy.lm_head.register_forward_hook(disturb)
     norm = improve(policy, f"--policy-steps 1 --ppo-epochs {epochs}", tmp_path)["grad_norm"]
     assert norm > 0.1 if moves else norm < 1e-3
-
-
-# ---- whole runs --------------------------------------------------------------------------------------------
 
 
 def test_one_chunk_is_a_round_of_gsil_with_spin(inputs, tmp_path):
@@ -265,9 +256,6 @@ def test_a_mistake_costs_no_samples(flags, inputs, two_rounds, tmp_path, capsys)
     start = f"--resume {two_rounds}" if flags == "--kl 0.3" else f"{inputs} --out {tmp_path}/out"
     assert MISTAKES[flags] in refusal(capsys, f"{start} {flags}", irft)
     assert not (tmp_path / "out").exists()
-
-
-# ---- LoRA --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind, layers", [("llama", 7), ("phi3", 4), ("gpt2", 4)])  # plain, fused, Conv1D

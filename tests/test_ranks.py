@@ -82,8 +82,8 @@ def test_a_run_of_two_processes(two):
     assert not (out / "refused").exists()
     runs = (out / "one", out / "two")
     ours, theirs = (read_jsonl(run / "round_1.jsonl") for run in runs)
-    assert [pair["generated_ids"] for pair in ours] == [pair["generated_ids"] for pair in theirs]
-    assert len(ours) == 6
+    assert len(ours) == len(theirs) == 6
+    assert all(a["generated_ids"] == b["generated_ids"] for a, b in zip(ours, theirs))
     for name in ("round_1", "sft"):
         assert AutoConfig.from_pretrained(out / "two" / name).architectures == ["LlamaForCausalLM"]
         ours, theirs = ([step["loss"] for step in logged(run, name.replace("_", " "))] for run in runs)

@@ -1,7 +1,5 @@
 """Section 1 of gsil.py: sample. A response is the model's own, whatever shares the batch with it."""
 
-import math
-
 import pytest
 import torch
 from conftest import tiny_model
@@ -61,7 +59,7 @@ def test_the_seed_decides_the_samples(model):
 def test_a_model_whose_logits_are_nan_does_not_answer(capsys):
     """The argmax of NaNs is token 0, which would silently pass for a response."""
     sick = tiny_model()
-    sick.lm_head.weight.data[7] = math.nan
+    sick.lm_head.weight.data[7] = float("nan")
     with pytest.raises(SystemExit) as stop:
         gsil.sample(sick, [[5]], {EOS}, 3, 0, 1, "")
     assert stop.value.code == 2 and "logits are NaN" in capsys.readouterr().err

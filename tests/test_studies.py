@@ -11,7 +11,7 @@ import pytest
 import torch
 import toy
 from helpers import read_jsonl, write_jsonl
-from transformers import LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaForCausalLM
 
 import gsil
 
@@ -69,6 +69,17 @@ def test_valid_responses_of_gsm8k():
     for end in ENDS + NO_ENDS:
         assert gsm8k.valid(f"<<1+1=2>>{end}") == (end in ENDS), end
     assert not gsm8k.valid("1+1 = 2\n#### 2")  # no annotation
+
+
+def test_the_parts_of_gsm8k():
+    """Test problems, or one part's problems in another part, would be trained on."""
+    tokenizer = AutoTokenizer.from_pretrained(gsil.TOY / "base")
+    rows = [{"question": str(n), "answer": f"{n % 10} + 1 . #### 2"} for n in range(40)]
+    args = gsm8k.parse_args(["--data=D", "--model=M", "--a=8", "--demos=6", "--dev-size=5"])
+    parts = gsm8k.select(rows, rows[:4], tokenizer, args)
+    numbers = {part: {int(row["question"]) for row in chosen} for part, chosen in parts.items()}
+    assert numbers["start"] == {*range(8)} and numbers["b"] == {*range(8, 14)} and numbers["a"] == {*range(6)}
+    assert numbers["dev"] == {*range(35, 40)} and numbers["test"] == {*range(4)}
 
 
 # From the command to the table: a study takes hours, so what cannot run must show before.
