@@ -85,6 +85,7 @@ def test_no_file_is_overwritten_or_left_behind(name, tmp_path, capsys):
     refused(capsys, f"--{name} /dev/null", "/dev/null: File exists")
     refused(capsys, f"--{name} {tmp_path}/no/x.json", "No such file or directory")
     refused(capsys, f"--{name} {tmp_path}/x.json --model nowhere --limit 1", "nowhere")
-    new = f"{tmp_path}/x.jsonl"
-    refused(capsys, f"--{name} {new} --data {new}", "no rows")  # as it is there already
+    refused(
+        capsys, f"--{name} {tmp_path}/x --data {tmp_path}/x", "should be a .jsonl"
+    )  # as it exists already
     assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]

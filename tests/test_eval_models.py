@@ -43,8 +43,7 @@ def test_in_batches_as_alone(kind):
         assert text == lm.tokenizer.decode(ids, skip_special_tokens=True) and was_cut == (ids[-1] != 1)
     pairs = [(prompt, rng.choices(range(3, 250), k=k)) for prompt in prompts[2:] for k in (1, 5, 3)]
     for (context, rest), value in zip(pairs, ev.loglikelihoods(lm, pairs), strict=True):
-        # sums of float32 in another order
-        assert value == pytest.approx(naive_logp(lm.model, context, rest), rel=1e-4)
+        assert value == pytest.approx(naive_logp(lm.model, context, rest), rel=1e-4)  # float32 sums
 
 
 def saved(folder, model=None, **changes):

@@ -29,8 +29,7 @@ def check_equal(task, outcome, expected):
             assert sample["responses"] == [document["response"]]
             check_score(sample, document)
         else:
-            # Sums of float32 logits, each off by up to 1e-5 where a CPU adds in another order. mc2 is a
-            # probability, off by less; the other metrics are 0 or 1.
+            # Sums of float32 logits, where a CPU may add in another order; mc2 is a probability, off by less.
             assert sample["loglikelihoods"] == pytest.approx(document["loglikelihoods"], abs=1e-4)
             assert sample["metrics"] == pytest.approx(document["metrics"], abs=1e-5)
     near = 1e-5 if "mc2" in task else 1e-9

@@ -43,29 +43,25 @@ def test_flags_out_of_range_are_refused_by_name(capsys):
 
 def unusable_models(folder):
     """Makes of the folder one unusable model after the other; yields what must be said of it."""
-
-    def change(model, **values):
-        model.save_pretrained(folder)
-        config = json.loads((folder / "config.json").read_text()) | values
-        (folder / "config.json").write_text(json.dumps(config))
-
     byte_tokenizer().save_pretrained(folder)
     # These load without an error, but not as what they are:
     changes = {"quantized": {"quantization_config": {"quant_method": "fp8"}}, "lm_head.": {"vocab_size": 310}}
     changes |= {"model.layers.1.": {"num_hidden_layers": 1}, "model.layers.2.": {"num_hidden_layers": 3}}
     for says, values in changes.items():
-        change(tiny_model(), **values)
+        tiny_model().save_pretrained(folder)
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | values))
         yield says
     (folder / "adapter_config.json").write_text("{}")
     yield "adapter"
     (folder / "adapter_config.json").unlink()
-    change(random_model("roberta", is_decoder=True))
+    random_model("roberta", is_decoder=True).save_pretrained(folder)
     yield "padding or cache"  # it counts positions from the padding
-    change(random_model("mamba", state_size=8))
+    random_model("mamba", state_size=8).save_pretrained(folder)
     yield "mamba"
     model = tiny_model()
     model.model.layers[1].mlp.up_proj.weight.data[0, 0] = math.nan
-    change(model)
+    model.save_pretrained(folder)
     yield "nan"
     # These do not load:
     os.truncate(folder / "model.safetensors", 1000)
@@ -73,7 +69,7 @@ def unusable_models(folder):
     (folder / "model.safetensors").unlink()
     torch.save({"model.norm.weight": folder}, folder / "pytorch_model.bin")
     yield "no causal language model can be loaded"  # a pickle with more than tensors can run code
-    change(tiny_model())
+    tiny_model().save_pretrained(folder)
     (folder / "chat_template.jinja").unlink()
     yield "its tokenizer has no chat template; give a --prompt-template"
     tokenizer = byte_tokenizer()

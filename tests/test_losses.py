@@ -1,6 +1,5 @@
 """Sections 2 and 3 of gsil.py: log-probabilities, gsil_loss, sft_loss. LOSSES themselves: test_theory.py."""
 
-import copy
 import math
 
 import pytest
@@ -13,7 +12,6 @@ import gsil
 
 def test_logps_equal_a_naive_loop_for_any_batch(model):
     """A shifted target, a lost EOS, pads or prompts in the sum would spoil every log-ratio."""
-    before = copy.deepcopy(PAIRS)
     # float32 rounds sums of up to 40 nats to about 1e-5
     expected = pytest.approx([naive_logp(model, prompt, response) for prompt, response in PAIRS], abs=1e-4)
     assert gsil.response_logps(model, PAIRS).tolist() == expected
@@ -21,7 +19,6 @@ def test_logps_equal_a_naive_loop_for_any_batch(model):
     assert [gsil.response_logps(model, [pair]).item() for pair in PAIRS] == expected  # without neighbours
     for max_tokens in (1, 12, 1000):  # one text at a time, two, all
         assert gsil.score(model, PAIRS, max_tokens) == expected
-    assert PAIRS == before
     assert gsil.response_logps(tiny_model().bfloat16(), PAIRS).dtype == torch.float32
 
 

@@ -34,7 +34,6 @@ def test_predictions():
     by_steps = pretrained.shares({"heldout": rows, "demos": rows}, [0.2, 0.5, 0.5, 0.5])
     assert by_steps == [(0.2, 1, 0.25), (0.5, 0, 0.25), (0.5, 0.5, 0.5)]
     assert pretrained.predict(by_steps, 0.3) == 0.25 * 1 + 0.25 * 0 + 0.5 * 0.5
-    assert toy.steps_of("Ava has 7 eggs . Ava buys 4 more . Ava gives away 1 . how many does Ava have ?") == 2
 
 
 def test_intervals():

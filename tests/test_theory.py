@@ -97,17 +97,6 @@ def closed_form(p, pi, scale):
 
 # ---- 1. What a loss knows ----------------------------------------------------------------------------------
 
-TABLE = {  # name -> (loss at h+ = h- = 0, the same at 2, its slope for h+ at 0)
-    "logistic": (1.3863, 2.2539, 1 / 2),
-    "hinge": (2, 3, 1),
-    "brier": (0.5, 0.7900, 1 / 4),
-    "kliep": (1, 5.3891, 1),
-    "lsif": (-0.5, 19.9100, 1),
-    "spin": (0.6931, 0.6931, 1 / 2),  # a shift cancels in h+ - h-
-    "linear": (0, 0, 1),  # of irft.py
-}
-ALL = irft.LOSSES | LOSSES
-
 
 def test_hinge_finds_the_sign_only():
     """hinge would be said to know by how much p and pi differ, and not only which is larger."""
@@ -168,12 +157,23 @@ def first_gradient(loss, logits, scale, shift=0.0):
     return torch.autograd.grad(value, logits)[0]
 
 
+TABLE = {  # name -> (loss at h+ = h- = 0, the same at 2, its slope for h+ at 0)
+    "logistic": (1.3863, 2.2539, 1 / 2),
+    "hinge": (2, 3, 1),
+    "brier": (0.5, 0.7900, 1 / 4),
+    "kliep": (1, 5.3891, 1),
+    "lsif": (-0.5, 19.9100, 1),
+    "spin": (0.6931, 0.6931, 1 / 2),  # a shift cancels in h+ - h-
+    "linear": (0, 0, 1),  # of irft.py
+}
+
+
 @pytest.mark.parametrize("name", TABLE)
 def test_the_first_step_of_a_round_is_a_step_of_sft(name):
     """Losses would seem to learn alike: the gradient is SFT's times scale * slope."""
     # The generated half is 0 on average at any shift, because E_pi[grad log pi] = grad sum(pi) = grad 1. So it is
     # noise at first, and a brake as soon as d is not 0.
-    loss, (at_0, at_2, slope) = ALL[name], TABLE[name]
+    loss, (at_0, at_2, slope) = (irft.LOSSES | LOSSES)[name], TABLE[name]
     for shift, value in ((0, at_0), (2, at_2)):  # the first line of a log, where d = 0 and h = shift
         close(loss(vector(shift), vector(shift)), value, 5e-5)  # 4 digits above
     generated_half = lambda real, generated: loss(real.detach(), generated)

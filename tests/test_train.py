@@ -28,8 +28,7 @@ def trained(model, rows, flags, folder, loss_of=None, learned=(), dev=()):
     args = args_for(f"{flags} --out {folder}/run")
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    ends = {"eos_ids": {EOS}, "max_new_tokens": 7}
-    data = SimpleNamespace(tokenizer=byte_tokenizer(), dev=list(dev), **ends)
+    data = SimpleNamespace(tokenizer=byte_tokenizer(), dev=list(dev), eos_ids={EOS}, max_new_tokens=7)
     gsil.train(model, rows, loss_of or loss_with(), args.epochs, out / "round_1", data, args, list(learned))
     return logged(out, "round 1")
 
