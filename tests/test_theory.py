@@ -95,7 +95,7 @@ def closed_form(p, pi, scale):
     return unnormalised / z, scale * z.log()
 
 
-# ---- 1. What a loss knows ----------------------------------------------------------------------------------
+# ---- 1. What a loss knows: RATIO all of log p/pi, spin all but a constant (part 2), hinge the sign -----------
 
 
 def test_hinge_finds_the_sign_only():
