@@ -403,6 +403,8 @@ def train(model, rows, loss_of, epochs, folder, data, args, learned=()):
             schedule.step()
             step += 1
             log_step(phase, step, steps, metrics, unprinted, args)  # prints and empties unprinted
+            if step == 1 and max(abs(metrics.get(d, 0)) for d in ("d_real", "d_generated")) > 1:
+                die("policy and reference differ before the first step, but should be one model")
         if data.dev:
             right, _ = accuracy(model, data.dev, 0, data, args)  # a share, by greedy responses
             print(f"  epoch {epoch}: {right:.1%} of dev right{', kept' if right > best else ''}")

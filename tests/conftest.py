@@ -1,7 +1,5 @@
 """Tests share: no network, the CPU, the repository on the path, a tiny model and tokenizers in memory."""
 
-import gc
-import json
 import os
 import sys
 from pathlib import Path
@@ -16,23 +14,15 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-# Tests compare digits and bytes, which a GPU changes from run to run: only a test that asks for it sees it.
-GPU = torch.cuda.is_available()
+# Tests compare digits and bytes, which a GPU changes from run to run.
 torch.cuda.is_available = torch.backends.mps.is_available = lambda: False
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # for the processes that tests start
-torch.set_num_threads(
-    1
-)  # tiny models gain nothing by more, and a process that a test forks would wait for them
+# Tiny models gain nothing by more threads, and a process that a test forks would wait for them.
+torch.set_num_threads(1)
 
-ZEPHYR = (
-    "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}</s>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
-)  # note the newline after EOS
-
-
-def pytest_collection_finish():
-    """Every load of a model collects garbage, which takes half a second unless imported modules are left out."""
-    gc.freeze()
+# Note the newline after EOS.
+ZEPHYR = "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}</s>\n{% endfor %}"
+ZEPHYR += "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
 
 
 def byte_tokenizer(chat_template=ZEPHYR, merges=()):
@@ -49,7 +39,7 @@ def byte_tokenizer(chat_template=ZEPHYR, merges=()):
 
 
 def tiny_model(vocabulary=300, seed=0):
-    """A random Llama; its wide initialisation makes the next-token distribution far from uniform."""
+    """A random Llama, whose next-token distribution is far from uniform."""
     torch.manual_seed(seed)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     sizes |= {"vocab_size": vocabulary, "max_position_embeddings": 256, "initializer_range": 0.2}
@@ -67,18 +57,6 @@ def tokenizer():
     return byte_tokenizer()
 
 
-@pytest.fixture(scope="session", name="models")
-def models_of_parity(tmp_path_factory):
-    """The folder with models A and B that lm_eval was asked about: see tests/parity/oracle.py."""
-    from helpers import GOLDEN, oracle
-
-    folder = tmp_path_factory.mktemp("models")
-    oracle.build_models(folder)
-    if oracle.fingerprint(folder) != GOLDEN["models"]:
-        pytest.skip("this version of tokenizers makes other models than golden.json is about")
-    return folder
-
-
 @pytest.fixture(scope="session")
 def small(tmp_path_factory):
     """40 demonstrations and 20 problems of the toy: a run takes a second or two."""
@@ -91,10 +69,10 @@ def small(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def inputs(tmp_path_factory):
-    """Flags of a run on a model and six demonstrations, both tiny: it takes a fraction of a second."""
+    """Flags of a run on a tiny model and six demonstrations: a fraction of a second."""
+    from helpers import save, write_jsonl
+
     folder = tmp_path_factory.mktemp("inputs")
-    tiny_model().save_pretrained(folder / "model")
-    byte_tokenizer().save_pretrained(folder / "model")
     rows = [{"question": f"What is {n} ?", "answer": f"it is {n} . #### {n}"} for n in range(6)]
-    (folder / "demos.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return f"--model {folder}/model --data {folder}/demos.jsonl --max-new-tokens 5 "
+    data = write_jsonl(folder / "demos.jsonl", rows)
+    return f"--model {save(folder / 'model', tiny_model())} --data {data} --max-new-tokens 5 "

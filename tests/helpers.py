@@ -1,6 +1,5 @@
 """What several test files use: plain functions, tiny data and an oracle."""
 
-import hashlib
 import json
 import math
 import runpy
@@ -11,7 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, byte_tokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import eval as ev
 import gsil
@@ -32,6 +32,28 @@ def naive_logp(model, prompt, response):
     return total
 
 
+@torch.no_grad()
+def greedy(model, prompt, n, ends):
+    """The argmax of one unpadded sequence at a time, without a cache."""
+    ids = list(prompt)
+    while len(ids) < len(prompt) + n and (len(ids) == len(prompt) or ids[-1] not in ends):
+        ids.append(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax().item())
+    return ids[len(prompt) :]
+
+
+def random_model(kind, **settings):
+    """A model of any type, far from uniform, so that a position or a state that is wrong shows."""
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 256, "vocab_size": 300}
+    sizes |= {"bos_token_id": 0, "eos_token_id": EOS, "pad_token_id": EOS}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes | settings)).eval()
+    for name, weight in model.named_parameters():
+        if weight.dim() == 2 or name.endswith("bias"):
+            torch.nn.init.normal_(weight, std=0.2)
+    return model
+
+
 def made_pairs(model, n=7, seed=0):
     """n pairs of ragged lengths, their references scored by the model."""
     rng = torch.Generator().manual_seed(seed)
@@ -46,6 +68,19 @@ def made_pairs(model, n=7, seed=0):
         for pair, logp in zip(pairs, gsil.score(model, texts, 4096)):
             pair[f"{side}_reference"] = logp
     return pairs
+
+
+class Outcomes(torch.nn.Module):
+    """Rewards a response of one token with r[token], and a prompt by its first token."""
+
+    device = "cpu"
+
+    def __init__(self, r, per_prompt=0.0):
+        super().__init__()
+        self.r, self.per_prompt = torch.nn.Parameter(r.clone()), per_prompt
+
+    def forward(self, ids, last):
+        return (self.r[ids[torch.arange(len(ids)), last]] + self.per_prompt * ids[:, 0])[:, None]  # (B, 1)
 
 
 def gradient(model):
@@ -64,6 +99,13 @@ def user(text):
 
 def assistant(text):
     return {"role": "assistant", "content": text}
+
+
+def save(folder, model, tokenizer=None):
+    """Save a model with a tokenizer, by default that of the tests; returns the folder."""
+    model.save_pretrained(folder)
+    (tokenizer or byte_tokenizer()).save_pretrained(folder)
+    return folder
 
 
 def write_jsonl(path, rows):
@@ -98,30 +140,15 @@ def refusal(capsys, flags, script=gsil):
 def as_script(flags, monkeypatch, capsys):
     """(exit code, last line on stderr) of `python gsil.py FLAGS`, run in this process."""
     monkeypatch.setattr(sys, "argv", ["gsil.py", *flags.split()])
-    code = 0
-    try:
+    with pytest.raises(SystemExit) as stop:
         runpy.run_path(gsil.__file__, run_name="__main__")
-    except SystemExit as stop:
-        code = stop.code
-    return code, capsys.readouterr().err.strip().rpartition("\n")[2]
-
-
-def toy_flags(folder, out):
-    """Flags of a run on the small slices of the toy; see the fixture `small`."""
-    data, dev, heldout = (f"{folder}/{name}.jsonl" for name in ("demos", "dev", "heldout"))
-    return f"--data {data} --dev {dev} --heldout {heldout} --out {out} "
-
-
-def weights(folder):
-    """The digest of a model's weights: equal if and only if the bytes are."""
-    return hashlib.sha256((Path(folder) / "model.safetensors").read_bytes()).hexdigest()
+    return stop.value.code, capsys.readouterr().err.strip().rpartition("\n")[2]
 
 
 def metrics(folder):
-    """metrics.jsonl as {(phase, step): metrics}; after --resume a step may have two lines, of which the last counts."""
-    return {
-        (line.pop("phase"), line.pop("step")): line for line in read_jsonl(Path(folder) / "metrics.jsonl")
-    }
+    """metrics.jsonl as {(phase, step): metrics}; of two lines for a step the last one counts."""
+    lines = read_jsonl(Path(folder) / "metrics.jsonl")
+    return {(line.pop("phase"), line.pop("step")): line for line in lines}
 
 
 def logged(folder, phase):
@@ -135,8 +162,13 @@ def table(folder):
     return {name: {key: row[key] for key in row if key != "seconds"} for name, row in rows.items()}
 
 
-def finite(values):
-    return all(math.isfinite(value) for value in values)
+def check_equal(ours, theirs):
+    """The same files, weights and pairs, and the same metrics and table but for the clock."""
+    names, expected = ([path.relative_to(out) for path in sorted(out.rglob("*"))] for out in (ours, theirs))
+    assert names == expected
+    for file in [*theirs.rglob("*.safetensors"), *theirs.glob("round_*.jsonl")]:
+        assert (ours / file.relative_to(theirs)).read_bytes() == file.read_bytes()
+    assert metrics(ours) == metrics(theirs) and table(ours) == table(theirs)
 
 
 # ---- eval.py ---------------------------------------------------------------------------------
@@ -150,15 +182,13 @@ ARC_ROW = {"question": "Which?", "choices": {"text": ["a", "b"], "label": ["A", 
 
 def evaluate(flags):
     """What `python eval.py FLAGS` does: prints tables, returns what --out contains."""
-    return ev.main(ev.parse_args(flags.split()))
+    return run(flags, ev)
 
 
 def refused(capsys, flags, *says):
     """eval.py must end with exit code 2 and one sentence that has all of `says`."""
-    with pytest.raises(SystemExit) as stop:
-        evaluate(flags)
-    sentence = capsys.readouterr().err
-    assert stop.value.code == 2 and "Traceback" not in sentence
+    sentence = refusal(capsys, flags, ev)
+    assert sentence.startswith("error: ")
     for part in says:
         assert part in sentence, sentence
 

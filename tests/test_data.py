@@ -1,5 +1,4 @@
-"""Section 6 of gsil.py: any demonstrations -> ids. Right is the correct text, a refusal in one sentence, or a
-warning with a count, but never another text without a word."""
+"""Section 6 of gsil.py: any demonstrations -> ids, or a refusal or warning, but never silently another text."""
 
 import csv
 import io
@@ -27,6 +26,8 @@ FORMATS = [  # of one demonstration
     {"messages": [*TURNS, user("Thanks")]},
     {"messages": [user(Q), assistant([{"type": "text", "text": part} for part in (A[:3], A[3:])])]},
     {"conversations": [{"from": "human", "value": Q}, {"from": "gpt", "value": A}]},
+    {"messages": [{"role": "User", "content": Q}, {"role": " bot ", "content": A}]},
+    {"messages": [{"role": "prompter", "content": Q}, {"role": "model", "content": A}]},
     {"prompt": Q, "chosen": A, "rejected": "no"},
     {"prompt": Q, "chosen": TURNS, "rejected": OTHERS, "messages": OTHERS},  # UltraFeedback
     {"chosen": TURNS, "rejected": OTHERS},
@@ -46,7 +47,7 @@ ROWS = [(row, ASKED) for row in FORMATS] + [
 
 @pytest.mark.parametrize("row, prompt", ROWS)
 def test_every_format_gives_the_same_ids(row, prompt, tokenizer):
-    """A format would train other ids: without an earlier turn, the EOS, or with what the template adds after it."""
+    """A format would train other ids: without an earlier turn, without EOS, or beyond it."""
     demo = gsil.encode(row, tokenizer, {EOS, 2})
     assert demo["prompt"] == prompt and demo["response"] == A and demo["answer"] == "3"
     assert demo["prompt_ids"] == tokenizer(prompt, add_special_tokens=False).input_ids
@@ -54,7 +55,7 @@ def test_every_format_gives_the_same_ids(row, prompt, tokenizer):
 
 
 def test_where_prompt_and_response_end():
-    """A chat model would learn another end than its template's, or a prompt that no one samples from."""
+    """A model would learn another end than its template's, or a prompt that no one samples from."""
     tokenizer = byte_tokenizer(ZEPHYR.replace("{{ m.content }}</s>", "{{ m.content }}<|end|>"))
     demo = gsil.encode(FORMATS[0], tokenizer, {EOS, 2})
     assert demo["real_ids"] == tokenizer(A, add_special_tokens=False).input_ids + [2]
@@ -69,7 +70,7 @@ TEXTS = ["NA", "None", "null", "nan", "007", "1.0", "a, b", 'say "x"', "two\nlin
 
 @pytest.mark.parametrize("bom, end", [("", "\n"), ("\ufeff", "\r\n")], ids=["plain", "Windows"])
 def test_texts_stay_as_they_are_in_every_kind_of_file(bom, end, tmp_path, tokenizer):
-    """NA would become a missing value, 007 become 7, a BOM part of a column's name, U+2028 the end of a row."""
+    """NA would be a missing value, 007 become 7, a BOM part of a name, U+2028 the end of a row."""
     rows = [{"prompt": f"{n} {text}", "response": text} for n, text in enumerate(TEXTS)]
     lines = [json.dumps(row, ensure_ascii=False) for row in rows]
     table = io.StringIO(newline="")
@@ -99,9 +100,7 @@ BROKEN = [  # row, a regex for what is said of it, and a chat template
     ({"prompt": "zebra", "chosen": OTHERS}, "prompt.* is not in the conversation"),
     ({"prompt": "a", "response": "\ud83d"}, "surrogate"),  # half an emoji
     (3, "row.* 3"),
-    ([1], r"row.* \[1\]"),
     ({"messages": [{"content": "a"}, assistant("b")]}, "turn.*role"),
-    ({"messages": ["a", assistant("b")]}, "turn.*role"),
     ({"messages": [[user("a"), assistant("b")]]}, "turn.*role"),
     ({"messages": "\n\n", "system": "s"}, "turn is empty"),
     ({"prompt": [user(["a"])], "response": "b"}, "turn"),
@@ -129,7 +128,7 @@ NO_DEMONSTRATIONS = [  # of these any number is left out
 
 @pytest.mark.parametrize("row, says, template", [(*case, ZEPHYR)[:3] for case in BROKEN + NO_DEMONSTRATIONS])
 def test_rows_that_cannot_be_used_say_why(row, says, template, tmp_path, capsys):
-    """Such a row would be trained on as another text: cut at an EOS, without its tools, thoughts or system turn."""
+    """Such a row would train as another text: cut at an EOS, without its tools or system turn."""
     (tmp_path / "x.json").write_text(json.dumps([row]))
     with pytest.raises(SystemExit) as stop:
         demos_of(tmp_path / "x.json", byte_tokenizer(template), room=300)
@@ -140,10 +139,9 @@ def test_rows_that_cannot_be_used_say_why(row, says, template, tmp_path, capsys)
 
 
 def test_unusable_rows_are_left_out_and_counted(tmp_path, tokenizer, capsys):
-    """A broken row, or what is no demonstration, would cost a run, or a broken file be taken for a small one."""
+    """A broken row would cost a run, or a broken file be taken for a small one."""
     good, path = {"prompt": "a", "response": "b"}, tmp_path / "x.jsonl"
-    broken = [row for row, _, *template in BROKEN if not template]
-    others = [row for row, _ in NO_DEMONSTRATIONS]
+    broken, others = [case[0] for case in BROKEN if len(case) == 2], [row for row, _ in NO_DEMONSTRATIONS]
     rows = [good] * 3 + others + [good] * 9 * len(broken) + broken
     assert len(demos_of(write_jsonl(path, rows), tokenizer, room=300)) == 9 * len(broken) + 3
     printed = capsys.readouterr().out
@@ -199,109 +197,68 @@ WINDOWS = [  # flags, the model, its config; the longest response that this leav
 
 @pytest.mark.parametrize("flags, kind, config, expected", WINDOWS)
 def test_prompts_and_responses_share_the_window(flags, kind, config, expected, tmp_path, capsys):
-    """Positions beyond the window, or ids beyond the embeddings, would crash a GPU after hours, or mean nothing."""
+    """Positions beyond the window or ids beyond the embeddings would crash a GPU after hours."""
     byte_tokenizer().save_pretrained(tmp_path)
     AutoConfig.for_model(kind, **{"vocab_size": 300, "eos_token_id": EOS} | config).save_pretrained(tmp_path)
     path = write_jsonl(tmp_path / "x.jsonl", [{"prompt": "a", "response": "Q" * 399}])
-    args = gsil.parse_args(f"--model {tmp_path} --data {path} --heldout {path} {flags}".split())
+    flags += f" --model {tmp_path} --data {path} --heldout {path}"
     if isinstance(expected, int):
-        assert len(gsil.read_data(args).demos[0]["real_ids"]) == expected
+        assert len(gsil.read_data(gsil.parse_args(flags.split())).demos[0]["real_ids"]) == expected
     else:
-        with pytest.raises(SystemExit) as stop:
-            gsil.read_data(args)
-        assert stop.value.code == 2 and re.search(expected, capsys.readouterr().err)
+        assert expected in refusal(capsys, flags)
 
 
 def test_what_may_explain_a_bad_run_is_counted(tmp_path, capsys):
-    """A run on words that its tokenizer does not know, on cut responses or on its own problems would end well."""
+    """A run on unknown words, on cut responses or on its own problems would end well."""
     rows = [{"question": f"Mia has {n} keys .", "answer": "1 + 1 = 2 . 2"} for n in range(1, 10)]
     heldout = write_jsonl(tmp_path / "heldout.jsonl", rows[:1])
     data = write_jsonl(tmp_path / "x.jsonl", [*rows, {"question": "Supercalifragilistic", "answer": "1"}])
     flags = f"--data {data} --heldout {heldout} --max-new-tokens 5"
     found = gsil.read_data(gsil.parse_args(flags.split()))
-    # EOS after half a response would tell it apart from one that was sampled to the cap.
-    assert all(
-        len(row["real_ids"]) == 5 and EOS not in row["real_ids"] for row in found.demos + found.heldout
-    )
+    for row in found.demos + found.heldout:  # EOS after half a response would tell whose it is
+        assert len(row["real_ids"]) == 5 and EOS not in row["real_ids"]
     printed = capsys.readouterr().out
-    for line in (
-        "1 of 10 rows .* row 10: .*does not know",
-        "10 responses .* cut at .* 5",
-        "1 .*held-out prompts",
-    ):
-        assert re.search(f"warning: {line}", printed), line
-    with pytest.raises(SystemExit):
-        gsil.read_data(gsil.parse_args(f"{flags} --dev {heldout}".split()))
-    assert "should end in '#### value'" in capsys.readouterr().err  # else the best epoch would be luck
+    for says in ("1 of 10 rows .* row 10: .*does not know", "10 responses .* cut at .* 5", "1 .*held-out"):
+        assert re.search(f"warning: {says}", printed), says
+    # With such a file as --dev the best epoch would be luck.
+    assert "should end in '#### value'" in refusal(capsys, f"{flags} --dev {heldout}")
 
 
 def test_a_tenth_is_held_out_by_seed(inputs, tmp_path, capsys):
     """The table of own data would be empty, or of demonstrations that were also trained on."""
     path = write_jsonl(tmp_path / "x.jsonl", [{"prompt": f"{n}", "response": f"{n}"} for n in range(40)])
-    heldout = []
+    parts = []
     for seed in (0, 0, 1):
         data = gsil.read_data(gsil.parse_args(f"{inputs} --data {path} --seed {seed}".split()))
-        heldout.append({row["response"] for row in data.heldout})
-        assert len(heldout[-1]) == 4 and len(data.demos) == 36
-        assert heldout[-1] | {row["response"] for row in data.demos} == {f"{n}" for n in range(40)}
-    assert heldout[0] == heldout[1] != heldout[2]
+        parts.append([{row["response"] for row in part} for part in (data.demos, data.heldout)])
+        assert [*map(len, parts[-1]), len(set.union(*parts[-1]))] == [36, 4, 40]
+    assert parts[0] == parts[1] != parts[2]
     printed = capsys.readouterr().out
     assert re.search(r"\nno --heldout: .*\b4\b", printed) and "warning" not in printed
 
 
-def test_roles_may_be_written_in_other_ways(tmp_path, tokenizer):
-    """A template would be given a role that it does not know, and an earlier turn be learned for the last one."""
-    for ours, theirs in (("User", "Assistant"), ("prompter", "bot"), (" human ", "model")):
-        turns = [{"role": ours, "content": Q}, {"role": theirs, "content": A}]
-        [demo] = demos_of(write_jsonl(tmp_path / "x.jsonl", [{"messages": turns}]), tokenizer)
-        assert (demo["prompt"], demo["response"]) == (ASKED, A)
-
-
-def test_columns_are_used_or_named(tmp_path, tokenizer, capsys):
-    """A system prompt in a column of its own, or earlier turns, would be missing without a word."""
-    rows = [{"prompt": Q, "response": A, "system_prompt": "Be brief.", "history": [["a", "b"]], "id": 7}]
-    [demo] = demos_of(write_jsonl(tmp_path / "x.jsonl", rows), tokenizer)
+def test_the_log_says_what_is_used_and_what_is_changed(tmp_path, tokenizer, capsys):
+    """A system prompt in its own column, or the capitals, would be missing without a word."""
+    row = {"prompt": Q, "response": "IRON is Fe", "system_prompt": "Be brief."}
+    row |= {"history": [["a", "b"]], "id": 7}
+    path = write_jsonl(tmp_path / "x.jsonl", [row, {"prompt": Q, "response": "iron is fe \n"}])
+    demo, _ = demos_of(path, tokenizer)
     assert "Be brief." in demo["prompt"] and "history" not in demo
-    assert re.search(
-        r"prompt, response, system_prompt; not used: history, id$", capsys.readouterr().out, re.MULTILINE
-    )
-
-
-def test_a_tokenizer_that_changes_texts_is_warned_of(tmp_path, tokenizer, capsys):
-    """A model would be trained on lower case, or without accents, while its log shows the texts of the file."""
-    rows = [{"prompt": Q, "response": "IRON is Fe"}, {"prompt": Q, "response": "iron is fe \n"}]
-    demos_of(write_jsonl(tmp_path / "x.jsonl", rows), tokenizer)
-    assert "changes the text" not in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "prompt, response, system_prompt; not used: history, id\n" in printed and "changes" not in printed
     lower = byte_tokenizer()
     lower.backend_tokenizer.normalizer = Lowercase()
-    demos_of(tmp_path / "x.jsonl", lower)
+    demos_of(path, lower)
     assert "changes the text of 2 of 2 rows" in capsys.readouterr().out  # Q begins with a capital
 
 
-def test_the_answer_is_what_the_response_ends_in(tmp_path, tokenizer):
-    """A heading of Markdown would be the gold, and every right response be counted as wrong."""
-    texts = {"#### Step 1: Add\n1 + 1 = 2\n\n#### 2 \n\n": "2", "#### A heading\nand no value": None}
-    path = write_jsonl(tmp_path / "x.jsonl", [{"prompt": Q, "response": text} for text in texts])
-    assert [demo["answer"] for demo in demos_of(path, tokenizer)] == list(texts.values())
-
-
 def test_a_folder_with_configurations(inputs, tmp_path, capsys):
-    """Such a dataset could not be named, and what the library raises would be a page of its code."""
+    """Such a dataset could not be named, and the error be a page of a library's code."""
     (tmp_path / "main").mkdir()
     write_jsonl(tmp_path / "main/train.jsonl", [{"question": Q, "answer": A}])
-    configs = "configs:\n- config_name: main\n  data_files: main/train.jsonl\n- config_name: other\n"
-    (tmp_path / "README.md").write_text(f"---\n{configs}  data_files: other.jsonl\n---\n")
+    configs = [f"- config_name: {name}\n  data_files: {name}/train.jsonl\n" for name in ("main", "other")]
+    (tmp_path / "README.md").write_text("---\nconfigs:\n" + "".join(configs) + "---\n")
     [(place, row)] = gsil.read_rows(f"{tmp_path}:main", "train")
     assert place == f"{tmp_path}:main row 1" and row == {"question": Q, "answer": A}
     said = refusal(capsys, f"{inputs} --data {tmp_path} --out {tmp_path}/out")
     assert said.startswith(f"error: {tmp_path}: ") and "main" in said and "other" in said
-
-
-def test_one_long_row_shortens_no_other(inputs, tmp_path, capsys):
-    """One prompt near the window would cut the responses of all rows to what it leaves."""
-    rows = [{"prompt": f"{n}", "response": "b" * 90} for n in range(9)]
-    path = write_jsonl(tmp_path / "x.jsonl", [*rows, {"prompt": "a" * 200, "response": "b"}])
-    model = gsil.parse_args(inputs.split()).model  # its window has 256 tokens
-    data = gsil.read_data(gsil.parse_args(["--model", model, "--data", str(path)]))
-    assert {len(demo["real_ids"]) for demo in data.demos + data.heldout} == {91}
-    assert "1 of 10 rows" in capsys.readouterr().out

@@ -1,12 +1,8 @@
-"""eval.py: flags and rows that cannot be used, each said in one sentence before any work is done. How files
-are read is tested in test_data.py, as eval.py takes that from gsil.py."""
+"""eval.py: flags and rows that cannot be used. How files are read: test_data.py, as gsil.py does that."""
 
 import json
-import subprocess
-import sys
 
 import pytest
-from conftest import ROOT
 from helpers import ARC_ROW, GSM_ROW, evaluate, refused, write_jsonl
 
 SWAG_ROW = {"activity_label": "Tea", "ctx_a": "A man", "ctx_b": "", "endings": ["a", "[step]"], "label": "0"}
@@ -41,7 +37,7 @@ def test_bad_rows(task, row, says, tmp_path, inputs, capsys):
 
 
 def test_one_bad_row_in_ten_is_left_out_of_answers(tmp_path, inputs, capsys):
-    """The file that one trained on could not be asked, or a benchmark would silently lose problems."""
+    """The file that one trained on could not be asked, or a benchmark would lose problems."""
     bad = GSM_ROW | {"answer": 2}
     file = write_jsonl(tmp_path / "x.jsonl", [GSM_ROW] * 9 + [bad])
     assert evaluate(f"{inputs} --data {file}")["results"]["answers"]["n"] == 9
@@ -52,13 +48,12 @@ def test_one_bad_row_in_ten_is_left_out_of_answers(tmp_path, inputs, capsys):
 
 def test_too_few_rows(tmp_path, inputs, capsys):
     """A traceback would not say where few-shot examples come from, nor that there may be none."""
-    write_jsonl(tmp_path / "train.jsonl", [GSM_ROW] * 3)
-    write_jsonl(tmp_path / "test.jsonl", [GSM_ROW])
+    train, test = (write_jsonl(tmp_path / f"{split}.jsonl", [GSM_ROW]) for split in ("train", "test"))
     flags = f"{inputs} --tasks gsm8k --data {tmp_path}"
-    refused(capsys, flags, "3 rows for 5 few-shot examples")
-    (tmp_path / "train.jsonl").unlink()
+    refused(capsys, flags, "1 rows for 5 few-shot examples")
+    train.unlink()
     refused(capsys, flags, f"{tmp_path}: should have one train.jsonl", "--shots 0")
-    write_jsonl(tmp_path / "test.jsonl", [])
+    write_jsonl(test, [])
     refused(capsys, f"{flags} --shots 0", "0 problems")
 
 
@@ -81,19 +76,9 @@ def test_bad_flags(flags, says, capsys):
     refused(capsys, flags, "error: ", says)
 
 
-def test_as_a_command(tmp_path):
-    """A mistake would end in a traceback, or --help would wait for libraries that it does not need."""
-    command = [sys.executable, f"{ROOT}/eval.py", "--out", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 2 and f"error: {tmp_path}: File exists" in done.stderr
-    lines = ["import sys, eval", "eval.parse_args([])", "print({'datasets', 'scipy'} & {*sys.modules})"]
-    command = [sys.executable, "-c", "; ".join(lines)]
-    assert subprocess.check_output(command, cwd=ROOT, text=True) == "set()\n"
-
-
 @pytest.mark.parametrize("name", ["out", "answers"])
 def test_no_file_is_overwritten_or_left_behind(name, tmp_path, capsys):
-    """A result of hours, or of a second run at once, would be lost; that of a refused run be in the way."""
+    """A result of hours would be lost, or the file of a refused run be in the way."""
     rows = write_jsonl(tmp_path / "rows.jsonl", [GSM_ROW])
     refused(capsys, f"--{name} {rows}", f"{rows}: File exists; choose a file that does not exist")
     assert rows.read_text() == json.dumps(GSM_ROW) + "\n"
@@ -101,6 +86,6 @@ def test_no_file_is_overwritten_or_left_behind(name, tmp_path, capsys):
     refused(capsys, f"--{name} {tmp_path}/no/x.json", "No such file or directory")
     refused(capsys, f"--{name} {tmp_path}/x.json --model nowhere --limit 1", "nowhere")
     refused(
-        capsys, f"--{name} {tmp_path}/x.jsonl --data {tmp_path}/x.jsonl", "no rows"
-    )  # it is there already
+        capsys, f"--{name} {tmp_path}/x --data {tmp_path}/x", "should be a .jsonl"
+    )  # as it exists already
     assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]

@@ -8,21 +8,20 @@ import pytest
 import torch
 import transformers
 from conftest import ZEPHYR, byte_tokenizer, tiny_model
-from helpers import GSM_ROW, assistant, evaluate, read_jsonl, refused, user, write_jsonl
+from helpers import GSM_ROW, assistant, evaluate, read_jsonl, refused, save, user, write_jsonl
 from safetensors.torch import save_file
 from tokenizers import processors
 
 import eval as ev
 import gsil
 
-HH = "\n\nHuman: Hi \n\nAssistant: Hello\n\nHuman: Why?\n\nAssistant: So. #### 2"
-
 
 def test_answers_asks_as_training_does(inputs, tmp_path):
-    """A policy that is trained on one prompt and asked with another would look worse than it is."""
+    """A policy that is trained on one prompt and asked with another would look worse."""
     system = {"role": "system", "content": "Short."}
     rows = [GSM_ROW, {"messages": [system, user("1+1?"), assistant("#### 1,002")]}]
-    rows += [{"instruction": "1+1?", "output": "####\t$2."}, {"chosen": HH, "rejected": "x"}]
+    transcript = "\n\nHuman: Hi \n\nAssistant: Hello\n\nHuman: Why?\n\nAssistant: So. #### 2"
+    rows += [{"instruction": "1+1?", "output": "####\t$2."}, {"chosen": transcript, "rejected": "x"}]
     file = write_jsonl(tmp_path / "rows.jsonl", rows)
     outcome = evaluate(f"{inputs} --data {file} --temperature 1 --seed 3")
     tokenizer, model = byte_tokenizer(), tiny_model()
@@ -37,31 +36,30 @@ def reward_model(folder, pad=1, labels=1, tokenizer=None, eos=1):
     config = tiny_model().config
     config.num_labels, config.pad_token_id, config.eos_token_id = labels, pad, eos
     model = transformers.AutoModelForSequenceClassification.from_config(config).eval()
-    model.save_pretrained(folder)
-    (tokenizer or byte_tokenizer()).save_pretrained(folder)
+    save(folder, model, tokenizer)
     return model
 
 
 @pytest.mark.parametrize("pad", [1, 0, None])
 def test_a_reward_is_read_at_the_end_of_the_training_text(pad, tmp_path):
-    """A reward read at another token than it was fitted at, as where EOS is also the pad, would be noise."""
-    tokenizer, eos_ids = byte_tokenizer(ZEPHYR.replace("</s>", "<|end|>")), {1, 2}
+    """A reward read at another token than it was fitted at would be noise."""
+    tokenizer = byte_tokenizer(ZEPHYR.replace("</s>", "<|end|>"))
     model = reward_model(tmp_path, pad, tokenizer=tokenizer, eos=[1, 2])  # as irft.py saves it
-    demo = gsil.encode(GSM_ROW, tokenizer, eos_ids)
-    prompt, answers = demo["prompt_ids"], (GSM_ROW["answer"], " 3", "3 <|end|> 4", "")
+    demo = gsil.encode(GSM_ROW, tokenizer, {1, 2})
     problems = [{"turns": [user(GSM_ROW["question"])], "demo": demo}] * 4
     loaded = ev.load_reward_model(ev.parse_args(["--reward-model", str(tmp_path)]))
     ends = [demo["real_ids"], *[[*tokenizer(text).input_ids, 2] for text in ("3", "3", "")]]
-    values = ev.rewards(loaded, problems, answers) + ev.rewards(loaded, problems[:1])
-    for ids, value in zip([*ends, ends[0]], values, strict=True):
-        hidden = model.model(torch.tensor([prompt + ids])).last_hidden_state
+    values = ev.rewards(loaded, problems, [GSM_ROW["answer"], " 3", "3 <|end|> 4", ""])
+    assert values[0] == pytest.approx(ev.rewards(loaded, problems[:1])[0], rel=1e-4)  # of the demonstration
+    for ids, value in zip(ends, values, strict=True):
+        hidden = model.model(torch.tensor([demo["prompt_ids"] + ids])).last_hidden_state
         expected = (model.score.weight @ hidden[0, -1]).item()
         assert value == pytest.approx(expected, rel=1e-4)  # float32 sums in another order
     assert ev.rewards(loaded, problems, ["<image>", "3" * 300, "", ""]) == [values[3]] * 4  # as an empty one
 
 
 def test_models_that_cannot_be_a_reward(tmp_path, inputs, capsys):
-    """A missing head would be random, or a trained one thrown away, after all responses are sampled."""
+    """A missing head would be random, or a trained one be thrown away."""
     flags = f"{inputs} --tasks reward --reward-model {tmp_path}"
     reward_model(tmp_path, labels=2)
     refused(capsys, flags, "num_labels=1")
@@ -70,9 +68,6 @@ def test_models_that_cannot_be_a_reward(tmp_path, inputs, capsys):
     weights = {"v_head.weight": torch.ones(1, 32)} | reward_model(tmp_path).state_dict()
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     refused(capsys, flags, "v_head.weight")
-    reward_model(tmp_path)
-    (tmp_path / "chat_template.jinja").unlink()
-    refused(capsys, flags, "need a default chat template", "--reward-template")
 
 
 def beaver_model(folder):
@@ -99,25 +94,19 @@ def beaver_model(folder):
     return score, head.bias.item()
 
 
-def test_a_reward_model_of_the_papers(tmp_path, inputs, capsys):
-    """The reward model of the papers, with other names and another format, would be refused or be random."""
+def test_a_reward_model_of_the_papers(tmp_path):
+    """The papers' reward model, with other names and another format, would be random."""
     score, bias = beaver_model(tmp_path)
-    flags = f"{inputs} --tasks reward --reward-model {tmp_path}"
-    refused(capsys, flags, "need a default chat template", "--reward-template")
-    outcome = evaluate(f"{flags} --reward-template beaver")
-    rows = [(row["question"], row["answer"]) for row in read_jsonl(inputs.split()[3])]
-    said = [(q, sample["responses"][0]) for (q, _), sample in zip(rows, outcome["samples"]["reward"])]
-    for texts, name in ((said, "rewards"), (rows, "other_rewards")):
-        expected = [score(f"BEGINNING OF CONVERSATION: USER: {q} ASSISTANT:{a.strip()}") for q, a in texts]
-        assert len({*expected}) > 1  # it shifts every reward by the same number; float32 sums
-        assert [value + bias for value in outcome["duel"][name]] == pytest.approx(
-            expected, rel=1e-4, abs=1e-5
-        )
     rm = ev.load_reward_model(ev.parse_args(["--reward-model", str(tmp_path), "--reward-template", "beaver"]))
-    row = {"messages": [user("Hi"), assistant("Yes?"), user("1+1?"), assistant("2")]}
-    (value,) = ev.rewards(rm, [{"demo": gsil.encode(row, rm.tokenizer, {1})}])
-    text = "BEGINNING OF CONVERSATION: USER: Hi ASSISTANT:Yes?</s>USER: 1+1? ASSISTANT:2"
-    assert value + bias == pytest.approx(score(text), rel=1e-4, abs=1e-5)
+    turns = [user("Hi"), assistant("Yes?"), user("1+1?")]
+    problem = {"turns": turns, "demo": gsil.encode({"messages": [*turns, assistant("2")]}, rm.tokenizer, {1})}
+    found = ev.rewards(rm, [problem]) + ev.rewards(rm, [problem], [" 3 "])
+    text = "BEGINNING OF CONVERSATION: USER: Hi ASSISTANT:Yes?</s>USER: 1+1? ASSISTANT:"
+    # The bias shifts every reward by the same number; float32 sums.
+    assert [value + bias for value in found] == pytest.approx(
+        [score(text + "2"), score(text + "3")], rel=1e-4
+    )
+    assert abs(found[0] - found[1]) > 1e-2
 
 
 def test_win_rate(inputs, tmp_path):
@@ -125,28 +114,26 @@ def test_win_rate(inputs, tmp_path):
     reward_model(tmp_path)
     flags = f"{inputs} --tasks reward --reward-model {tmp_path}"
     outcome = evaluate(flags)
-    duel, samples = outcome["duel"], outcome["samples"]["reward"]
-    a, b = duel["rewards"], duel["other_rewards"]
+    ours, theirs = outcome["duel"].pop("rewards"), outcome["duel"].pop("other_rewards")
+    differences = [a - b for a, b in zip(ours, theirs, strict=True)]
+    wins = sum(difference > 0 for difference in differences)
+    lengths = [len(sample["responses"][0].strip()) for sample in outcome["samples"]["reward"]]
     answers = [row["answer"] for row in read_jsonl(inputs.split()[3])]
-    differences = [x - y for x, y in zip(a, b, strict=True)]
-    wins = sum(x > 0 for x in differences)
-    assert (duel["n"], duel["against"], duel["ties"]) == (6, "the data", 0)
-    assert duel["wins"] == wins and duel["win_rate"] == wins / 6
-    assert (duel["reward"], duel["other_reward"]) == (fmean(a), fmean(b))
-    assert duel["difference"] == pytest.approx(fmean(differences))
-    assert duel["half_width"] == pytest.approx(1.96 * stdev(differences) / math.sqrt(6))
-    assert duel["characters"] == fmean(len(sample["responses"][0].strip()) for sample in samples)
-    assert duel["other_characters"] == fmean(map(len, answers))
+    expected = {"n": 6, "against": "the data", "wins": wins, "ties": 0, "win_rate": wins / 6}
+    expected |= {"reward": fmean(ours), "other_reward": fmean(theirs), "difference": fmean(differences)}
+    expected |= {"half_width": 1.96 * stdev(differences) / math.sqrt(6), "mcnemar_p": None}
+    expected |= {"characters": fmean(lengths), "other_characters": fmean(map(len, answers))}
+    assert outcome["duel"] == {key: pytest.approx(value) for key, value in expected.items()}
     same = evaluate(f"{flags} --compare {inputs.split()[1]}")["duel"]
     assert (same["ties"], same["wins"], same["win_rate"]) == (6, 0, 0)
-    assert same["other_rewards"] == a and same["against"] == inputs.split()[1]
+    assert same["other_rewards"] == ours and same["against"] == inputs.split()[1]
 
 
 BENCH = {83: ("writing", 0.7), 81: ("new", 0.7), 82: ("math", 0), 84: ("stem", 0.1)}  # and its temperature
 
 
 def test_mt_bench_writes_what_fastchat_reads(inputs, tmp_path, capsys):
-    """FastChat's judge would miss a field, or judge responses at another temperature than the published ones."""
+    """FastChat's judge would miss a field, or judge responses at another temperature."""
     rows = [{"question_id": n, "category": BENCH[n][0], "turns": ["1+1?", "And?"]} for n in BENCH]
     questions, file = write_jsonl(tmp_path / "question.jsonl", rows), tmp_path / "toy.jsonl"
     flags = f"{inputs} --tasks mt_bench --data {questions} --answers {file} --seed 5"
@@ -164,10 +151,6 @@ def test_mt_bench_writes_what_fastchat_reads(inputs, tmp_path, capsys):
             expected.append(tokenizer.decode(ids).removesuffix("</s>").strip())
             turns.append(assistant(expected[-1]))  # the second question sees the first answer
         assert answer["choices"] == [{"index": 0, "turns": expected}]
-    byte_tokenizer("{{ messages[0].content }}").save_pretrained(tmp_path)  # has no place for more turns
-    tiny_model().save_pretrained(tmp_path)
-    refused(
-        capsys,
-        f"{flags} --model {tmp_path} --answers {file}2",
-        "row 1: the chat template changes or drops a turn",
-    )
+    save(tmp_path, tiny_model(), byte_tokenizer("{{ messages[0].content }}"))  # has no place for more turns
+    flags += f" --model {tmp_path} --answers {file}2"
+    refused(capsys, flags, "row 1: the chat template changes or drops a turn")

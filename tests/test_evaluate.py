@@ -1,11 +1,10 @@
 """Section 7 of gsil.py: what the table's numbers are."""
 
-import re
-
 import pytest
 import torch
-from helpers import demos_of, naive_logp, run, table, write_jsonl
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from conftest import tiny_model
+from helpers import demos_of, naive_logp, run, save, table, write_jsonl
+from transformers import AutoModelForCausalLM
 
 import gsil
 
@@ -13,19 +12,18 @@ ANSWERS = {"so\n#### 1,234": "1234", "#### $1,234.\nmore": "1234", "####7.0": "7
 ANSWERS |= {"#### 7\r\nmore": "7", "####\u00a07\t": "7", "#### 1\n#### 2": "2", "1234": None}
 
 
-def test_final_answers():
-    """GSM8K's '#### 1,234' would not match a bare 1234, or the blanks around a number would decide."""
+def test_final_answers(tokenizer):
+    """GSM8K's '#### 1,234' would not match 1234, or a heading be a demonstration's answer."""
     assert {text: gsil.final_answer(text) for text in ANSWERS} == ANSWERS
+    headings = {"#### Step 1: Add\n1 + 1 = 2\n\n#### 2 \n\n": "2", "#### A heading\nand no value": None}
+    for response, answer in headings.items():
+        assert gsil.encode({"prompt": "1 + 1", "response": response}, tokenizer, {1})["answer"] == answer
 
 
 def test_the_rows_of_the_table(inputs, tokenizer, tmp_path):
     """A number would be of other problems, texts or tokens than its title says."""
-    learned = [
-        "= #### 1",
-        "= #### 2",
-        "#### 3",
-        *(f"no #### {n}" for n in (4, 5, 6)),
-    ]  # a token for each letter
+    # a token for each letter
+    learned = ["= #### 1", "= #### 2", "#### 3", "no #### 4", "no #### 5", "no #### 6"]
     golds = {"demos": "123456", "dev": "123478", "heldout": "123457"}
     for name, answers in golds.items():
         texts = [text[:-1] + answer for text, answer in zip(learned, answers)]
@@ -47,22 +45,22 @@ def test_the_rows_of_the_table(inputs, tokenizer, tmp_path):
 
 def test_sampled_is_sampled_at_temperature_1(inputs, tmp_path):
     """Greedy numbers under the title `sampled` would hide what the model does when it is used."""
-    args = gsil.parse_args(inputs.split())
-    model = AutoModelForCausalLM.from_pretrained(args.model)
+    model = tiny_model()
     torch.nn.init.zeros_(model.lm_head.weight)  # greedily it repeats one token
-    model.save_pretrained(tmp_path / "model")
-    AutoTokenizer.from_pretrained(args.model).save_pretrained(tmp_path / "model")
-    flags = f"{inputs} --model {tmp_path}/model --max-new-tokens 40 --temperature 0 --rounds 0 --out {tmp_path}/out"
+    flags = f"{inputs} --model {save(tmp_path, model)} --max-new-tokens 40 --rounds 0 --out {tmp_path}/out"
     two_letters = r"([a-zA-Z]).*(?!\1)[a-zA-Z]"
-    assert run([*flags.split(), "--heldout", args.data, "--habit", two_letters])["base"]["habit"] > 0.5
+    assert run([*flags.split(), "--temperature", "0", "--habit", two_letters])["base"]["habit"] > 0
 
 
 def test_what_cannot_be_measured_is_null(tmp_path, inputs, capsys):
-    """Free text would get an accuracy of 0, and a model without dev problems an arbitrary best round."""
-    data = write_jsonl(tmp_path / "x.jsonl", [{"prompt": f"say {n}", "response": f"{n}"} for n in range(20)])
+    """Free text would get an accuracy of 0, or a text with control characters clear the screen."""
+    data = write_jsonl(
+        tmp_path / "x.jsonl", [{"prompt": f"say {n} \x1b[2J", "response": f"{n}"} for n in range(20)]
+    )
     flags = f"{inputs} --data {data} --rounds 2 --scale 1 --epochs 1 --baseline none --out {tmp_path}/out"
     rows = run(flags)
     printed = capsys.readouterr().out
+    assert all(char.isprintable() or char == "\n" for char in printed) and "\\x1b[2J" in printed
     for row in table(tmp_path / "out").values():
         assert row["dev"] is row["greedy"] is row["sampled"] is row["habit"] is None
         assert row["nll"] > 0 and 1 <= row["length"] <= 5 and 0 <= row["ended"] <= 1
@@ -71,14 +69,3 @@ def test_what_cannot_be_measured_is_null(tmp_path, inputs, capsys):
     assert titles.split() == ["nll", "length", "ended", "seconds"] and lines[0].split()[0] == "base"
     assert float(lines[0].split()[1]) > 0 and lines[0].split()[-1] == "-"
     assert "no --heldout" in printed and "round_2" in lines[-1]
-
-
-def test_control_characters_do_not_reach_the_terminal(inputs, tmp_path, capsys):
-    """A model that has learned them could clear the screen, or write over the numbers."""
-    evil = "\x1b[2J\x1b]0;title\x07\r\x08\u202e"
-    data = write_jsonl(tmp_path / "x.jsonl", [{"prompt": f"{n}\x1b[1m", "response": evil} for n in range(3)])
-    flags = f"--data {data} --heldout {data} --loss sft --epochs 60 --lr 1e-2 --max-new-tokens 40"
-    run(f"{inputs} {flags} --out {tmp_path}/out")
-    printed = capsys.readouterr().out
-    assert re.search(r"\\x1b\[1m.* -> .*\\x1b\[2J", printed)  # the prompt and what it has learned to answer
-    assert all(char.isprintable() or char == "\n" for char in printed)

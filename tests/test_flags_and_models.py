@@ -1,16 +1,14 @@
 """The edges of gsil.py: flags and models. A person's mistake is one sentence, before any work."""
 
-import io
 import json
 import math
 import os
-import sys
 
 import pytest
 import torch
 import transformers
 from conftest import byte_tokenizer, tiny_model
-from helpers import EOS, as_script, read_jsonl, refusal, run, user, write_jsonl
+from helpers import EOS, assistant, random_model, read_jsonl, refusal, run, save, user, write_jsonl
 from tokenizers.processors import TemplateProcessing
 
 import gsil
@@ -18,7 +16,7 @@ import irft
 
 
 def test_defaults(capsys):
-    """A default that --help hides, or that depends on another flag, would have to be looked up in the code."""
+    """A default that --help hides would have to be looked up in the code."""
     with pytest.raises(SystemExit):
         gsil.parse_args(["--help"])
     text = capsys.readouterr().out
@@ -43,23 +41,29 @@ def test_flags_out_of_range_are_refused_by_name(capsys):
         assert stop.value.code == 2 and all(word in said for word in flags.split()), flags
 
 
-def broken_models(folder):
-    """Makes the folder not quite a model, in one way after the other; yields what must be said."""
+def unusable_models(folder):
+    """Makes of the folder one unusable model after the other; yields what must be said of it."""
     byte_tokenizer().save_pretrained(folder)
-    shape = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
-    t5 = transformers.T5Config(vocab_size=300, **shape)
-    transformers.T5ForConditionalGeneration(t5).save_pretrained(folder)
-    yield "no causal language model can be loaded"
-    mamba = transformers.MambaConfig(vocab_size=300, hidden_size=32, num_hidden_layers=1)
-    transformers.MambaForCausalLM(mamba).save_pretrained(folder)
+    # These load without an error, but not as what they are:
+    changes = {"quantized": {"quantization_config": {"quant_method": "fp8"}}, "lm_head.": {"vocab_size": 310}}
+    changes |= {"model.layers.1.": {"num_hidden_layers": 1}, "model.layers.2.": {"num_hidden_layers": 3}}
+    for says, values in changes.items():
+        tiny_model().save_pretrained(folder)
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | values))
+        yield says
+    (folder / "adapter_config.json").write_text("{}")
+    yield "adapter"
+    (folder / "adapter_config.json").unlink()
+    random_model("roberta", is_decoder=True).save_pretrained(folder)
+    yield "padding or cache"  # it counts positions from the padding
+    random_model("mamba", state_size=8).save_pretrained(folder)
     yield "mamba"
     model = tiny_model()
     model.model.layers[1].mlp.up_proj.weight.data[0, 0] = math.nan
     model.save_pretrained(folder)
     yield "nan"
-    tiny_model().save_pretrained(folder)
-    transformers.LlamaConfig.from_pretrained(folder, num_hidden_layers=3).save_pretrained(folder)
-    yield "model.layers.2."
+    # These do not load:
     os.truncate(folder / "model.safetensors", 1000)
     yield "no causal language model can be loaded"
     (folder / "model.safetensors").unlink()
@@ -83,8 +87,8 @@ def broken_models(folder):
 
 
 def test_a_model_that_cannot_be_used_is_one_sentence_before_any_work(inputs, tmp_path, capsys):
-    """Random weights would be trained, or hours of work end in a traceback, or a model's own code would run."""
-    for says in broken_models(tmp_path / "model"):
+    """Random weights would train, samples come from another model, or a model's code run."""
+    for says in unusable_models(tmp_path / "model"):
         said = refusal(capsys, f"{inputs} --model {tmp_path}/model --out {tmp_path}/out")
         assert said.startswith("error: ") and says in said.replace("NaN", "nan"), said
         assert [path.name for path in tmp_path.iterdir()] == ["model"]  # no folder, and no code has run
@@ -92,31 +96,26 @@ def test_a_model_that_cannot_be_used_is_one_sentence_before_any_work(inputs, tmp
     assert said.startswith("error: nobody/nothing: ") and "Hub" in said
 
 
-@pytest.mark.parametrize(
-    "listed, expected", [([EOS, 2], {EOS, 2}), (2, {EOS, 2}), (EOS, {EOS}), (None, {EOS})]
-)
+@pytest.mark.parametrize("listed, expected", [([EOS, 2], {EOS, 2}), (2, {EOS, 2}), (None, {EOS})])
 def test_every_eos_the_model_lists_ends_a_response(listed, expected, inputs, tmp_path, tokenizer):
-    """A chat model's samples would run on to the cap, as its turns may end by another id than the tokenizer's."""
+    """A chat model's samples would run on to the cap, as its turns may end by another id."""
     model = tiny_model()
     model.generation_config.eos_token_id = listed
-    model.save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
+    save(tmp_path, model, tokenizer)
     assert gsil.read_data(gsil.parse_args([*inputs.split(), "--model", str(tmp_path)])).eos_ids == expected
 
 
 @pytest.mark.parametrize("bos", ["", "<s>"])
 def test_a_prompt_template_is_used_and_saved(bos, tmp_path, capsys):
-    """A base model would be trained on one format and used with another, or without the BOS that it expects."""
+    """A base model would be trained on one format and used with another, or without its BOS."""
     tokenizer = byte_tokenizer(chat_template=None)
     if bos:
         first = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
         tokenizer.backend_tokenizer.post_processor = first
-    tokenizer.save_pretrained(tmp_path / "model")
-    tiny_model().save_pretrained(tmp_path / "model")
     data = write_jsonl(tmp_path / "x.jsonl", [{"prompt": "a {b}", "response": "c"}] * 4)
-    flags = f"--model {tmp_path}/model --data {data} --baseline none --max-new-tokens 9 --out {tmp_path}/run"
-    template = ["--prompt-template", r"Q:\t{prompt}\n A: "]
-    run([*flags.split(), *template])
+    flags = f"--model {save(tmp_path / 'model', tiny_model(), tokenizer)} --data {data} --baseline none"
+    template = ["--max-new-tokens", "9", "--prompt-template", r"Q:\t{prompt}\n A: "]
+    run([*flags.split(), "--out", f"{tmp_path}/run", *template])
     pair = read_jsonl(tmp_path / "run/round_1.jsonl")[0]
     assert pair["prompt"] == bos + "Q:\ta {b}\n A: "
     assert pair["prompt_ids"] == tokenizer(pair["prompt"], add_special_tokens=False).input_ids
@@ -124,60 +123,12 @@ def test_a_prompt_template_is_used_and_saved(bos, tmp_path, capsys):
     saved = transformers.AutoTokenizer.from_pretrained(tmp_path / "run/round_1")
     asked = saved.apply_chat_template([user("a {b}")], tokenize=False, add_generation_prompt=True)
     assert asked == pair["prompt"]
-    turns = [user("a"), {"role": "assistant", "content": "b"}] * 2
-    write_jsonl(data, [{"messages": turns}] * 4)
-    said = refusal(capsys, [*flags.split(), "--out", f"{tmp_path}/two", *template])
-    assert "--prompt-template" in said and not (tmp_path / "two").exists()
-
-
-def test_a_terminal_without_the_letter(inputs, tmp_path, monkeypatch, capsys):
-    """A UnicodeEncodeError would end the run at the first é of a sample."""
-    data = write_jsonl(tmp_path / "é.jsonl", [{"question": "café ?", "answer": "#### 1"}] * 3)
-    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
-    monkeypatch.setattr(sys, "stdout", terminal)
-    as_script(f"{inputs} --data {data} --heldout {data} --rounds 0 --out {tmp_path}/é", monkeypatch, capsys)
-    terminal.flush()
-    printed = terminal.buffer.getvalue().decode("ascii")
-    assert "caf\\xe9 ?" in printed and f"results in {tmp_path}/\\xe9" in printed
-
-
-def other_kinds(folder):
-    """Save models that load without an error, but not as what they are; yield what should be said of each."""
-    config = folder / "config.json"
-
-    def change(**values):
-        tiny_model().save_pretrained(folder)
-        config.write_text(json.dumps(json.loads(config.read_text()) | values))
-
-    byte_tokenizer().save_pretrained(folder)
-    change(quantization_config={"quant_method": "fp8"})
-    yield "quantized"
-    change(num_hidden_layers=1)  # weights that nobody would use
-    yield "model.layers.1."
-    change(vocab_size=310)
-    yield "lm_head.weight"
-    tiny_model().save_pretrained(folder)
-    (folder / "adapter_config.json").write_text("{}")
-    yield "adapter"
-    (folder / "adapter_config.json").unlink()
-    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64}
-    sizes |= {"vocab_size": 300, "max_position_embeddings": 260, "is_decoder": True, "initializer_range": 0.2}
-    transformers.RobertaForCausalLM(
-        transformers.RobertaConfig(**sizes, pad_token_id=0, eos_token_id=1)
-    ).save_pretrained(folder)
-    yield "padding or cache"  # it counts positions from the padding
-
-
-def test_a_model_that_is_something_else_is_refused(inputs, tmp_path, capsys):
-    """Weights would be dropped or trained that cannot be saved, and samples come from another distribution."""
-    for says in other_kinds(tmp_path / "model"):
-        said = refusal(capsys, f"{inputs} --model {tmp_path}/model --out {tmp_path}/out")
-        assert said.startswith("error: ") and says in said, said
-        assert not (tmp_path / "out").exists()
+    write_jsonl(data, [{"messages": [user("a"), assistant("b")] * 2}] * 4)
+    assert "--prompt-template" in refusal(capsys, [*flags.split(), *template])
 
 
 def test_a_warmup_without_an_end_is_refused(inputs, tmp_path, capsys):
-    """A run in which no weight moves, or the rate never comes to --lr, would end as if it had worked."""
+    """A run whose rate never comes to --lr would end as if it had worked."""
     for flags, script in (("--batch 6", gsil), ("--reward-steps 1 --policy-steps 9", irft)):
         said = refusal(capsys, f"{inputs} {flags} --epochs 1 --warmup 1 --out {tmp_path}/out", script)
         assert said.startswith("error: --warmup 1: ") and not (tmp_path / "out").exists()

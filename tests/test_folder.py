@@ -1,5 +1,4 @@
-"""Section 8 of gsil.py: the run's folder. A run that stops anywhere goes on, and ends with the weights of an
-undisturbed one."""
+"""Section 8 of gsil.py: the run's folder. A run that stops anywhere ends with an undisturbed one's weights."""
 
 import errno
 import json
@@ -10,9 +9,8 @@ import signal
 from pathlib import Path
 
 import pytest
-from helpers import as_script, metrics, refusal, run, table, weights
+from helpers import as_script, check_equal, refusal, run
 from torch.optim.optimizer import register_optimizer_step_pre_hook
-from transformers import AutoConfig
 
 import gsil
 
@@ -27,24 +25,12 @@ def undisturbed(inputs, tmp_path_factory):
     return out
 
 
-def check_equal(ours, theirs):
-    """The same files with the same weights and pairs, and the same metrics and table but for the clock."""
-    names, expected = ([path.relative_to(out) for path in sorted(out.rglob("*"))] for out in (ours, theirs))
-    assert names == expected
-    for file in theirs.rglob("*.safetensors"):
-        assert weights(ours / file.relative_to(theirs).parent) == weights(file.parent)
-    for file in theirs.glob("round_*.jsonl"):
-        assert (ours / file.name).read_text() == file.read_text()
-    assert metrics(ours) == metrics(theirs) and table(ours) == table(theirs)
-
-
 def killed(flags):
     """A run that is killed before the second step of round 2."""
-    steps = []
+    steps = iter(range(1, 5))
 
     def dies(*_):
-        steps.append(1)
-        if len(steps) == 4:
+        if next(steps) == 4:
             os.kill(os.getpid(), signal.SIGKILL)
 
     register_optimizer_step_pre_hook(dies)
@@ -52,7 +38,7 @@ def killed(flags):
 
 
 def test_kill_9_and_resume(inputs, undisturbed, tmp_path, capsys):
-    """A machine that is taken away would cost finished work, or change the weights that the run ends with."""
+    """A machine that is taken away would cost finished work, or change the final weights."""
     out = tmp_path / "out"
     flags = inputs + FAST + f"--rounds 2 --out {out}"
     process = multiprocessing.get_context("fork").Process(target=killed, args=(flags,))
@@ -66,7 +52,7 @@ def test_kill_9_and_resume(inputs, undisturbed, tmp_path, capsys):
 
 
 def test_a_fault_at_every_rename_and_resume(inputs, tmp_path, monkeypatch):
-    """A file or folder that is half written would be taken for whole, or a whole one be missed, after a fault."""
+    """A file that is half written would be taken for whole, or a whole one be missed."""
     replace, names, failing = os.replace, [], None
 
     def fails(source, target):
@@ -92,8 +78,7 @@ def test_a_fault_at_every_rename_and_resume(inputs, tmp_path, monkeypatch):
 
 
 def test_resume_with_more_rounds_and_another_baseline(inputs, undisturbed, tmp_path):
-    """Finished rounds would be trained again, lose their seconds, or be followed by other ones; and seconds that
-    nobody measured, as the run stopped between a stage and its row, would be a number."""
+    """Finished rounds would train again, lose their seconds, or get some that nobody measured."""
     out = tmp_path / "out"
     before = run(inputs + FAST + f"--baseline none --out {out}")
     rows = run(f"--resume {out} --rounds 2 --baseline sft")
@@ -110,8 +95,8 @@ OTHER = """--model x, --data x, --split x, --dev x, --heldout x, --habit x, --pr
     --warmup 1, --batch 5, --checkpoint-activations, --clip 2, --sample-batch 2, --seed 1, --out x"""
 
 
-def test_a_run_goes_on_with_its_own_flags_or_not_at_all(undisturbed, capsys):
-    """Half of a run would be trained one way and half another, and args.json be right for neither."""
+def test_a_run_goes_on_with_its_own_flags_or_not_at_all(undisturbed, tmp_path, capsys):
+    """Half of a run would be trained one way and half another, or a person guess what --resume wants."""
     saved = json.loads((undisturbed / "args.json").read_text())
     anew = "--device cpu --micro-batch 77 --baseline none --rounds 3 --lr 1e-3"  # the last one as it was
     args = vars(gsil.parse_args(["--resume", str(undisturbed), *anew.split()]))
@@ -120,16 +105,9 @@ def test_a_run_goes_on_with_its_own_flags_or_not_at_all(undisturbed, capsys):
     for flag in OTHER.split(","):
         said = refusal(capsys, f"--resume {undisturbed} {flag}")
         assert said.startswith("error: ") and flag.split()[0] in said, flag
-    assert {*table(undisturbed)} == {"base", "round 1", "round 2", "sft"}
-
-
-def test_resume_of_what_is_no_run_is_refused(undisturbed, tmp_path, capsys):
-    """A run that was mistyped would begin anew, or with the flags of another version."""
-    (tmp_path / "old").mkdir()
-    (tmp_path / "old/args.json").write_text('{"model": "x"}\n')
-    for folder in (tmp_path / "nothing", tmp_path / "old", undisturbed.parent, undisturbed / "round_1"):
+    (tmp_path / "args.json").write_text('{"model": "x"}\n')  # of another version
+    for folder in (tmp_path / "nothing", tmp_path, undisturbed / "round_1"):
         assert f"--resume {folder}" in refusal(capsys, f"--resume {folder}")
-    assert not (tmp_path / "nothing").exists()
 
 
 def test_two_runs_never_share_a_folder(inputs, undisturbed, tmp_path, monkeypatch, capsys):
@@ -137,34 +115,27 @@ def test_two_runs_never_share_a_folder(inputs, undisturbed, tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     Path("runs/gsil-spin-1").mkdir(parents=True)
     flags = (inputs + "--rounds 0 --loss spin --seed ").split()
-    both = [gsil.parse_args([*flags, seed]) for seed in "78"]  # both before either begins
-    for args in both:
+    for args in [gsil.parse_args([*flags, seed]) for seed in "78"]:  # both flags before either run
         gsil.main(args)
     seeds = [json.loads(file.read_text())["seed"] for file in sorted(Path("runs").glob("*/args.json"))]
     assert seeds == [7, 8] and not any(Path("runs/gsil-spin-1").iterdir())
+    first, second = [gsil.parse_args([*flags, seed, "--out", "mine"]) for seed in "78"]
+    gsil.main(first)
     with pytest.raises(OSError, match="mine/args.json"):
-        for args in [gsil.parse_args([*flags, seed, "--out", "mine"]) for seed in "78"]:
-            gsil.main(args)
-    before = (undisturbed / "args.json").read_text()
+        gsil.main(second)
     for out in (undisturbed, f"{undisturbed}/args.json", f"{undisturbed}/args.json/out"):
         code, said = as_script(f"{inputs} --out {out}", monkeypatch, capsys)
         assert code == 2 and re.match(f"error: .*{undisturbed}", said) and "to continue" not in said
-    assert (undisturbed / "args.json").read_text() == before
 
 
-def interrupt(*_, **__):
+def interrupt(*_):
     raise KeyboardInterrupt
 
 
-def test_ctrl_c_says_how_to_go_on_if_there_is_something_to_go_on_with(inputs, tmp_path, monkeypatch, capsys):
-    """Advice to resume a folder that does not exist would send a person astray; none would cost the run."""
-    flags = f"{inputs} --out {tmp_path}/out"
-    with monkeypatch.context() as patches:
-        patches.setattr(AutoConfig, "from_pretrained", interrupt)
-        code, said = as_script(flags, monkeypatch, capsys)
-    assert code == 2 and said.startswith("error: ") and "--resume" not in said and not any(tmp_path.iterdir())
+def test_ctrl_c_says_how_to_go_on(inputs, tmp_path, monkeypatch, capsys):
+    """A person would take the run for lost, and begin again."""
     hook = register_optimizer_step_pre_hook(interrupt)
-    code, said = as_script(flags, monkeypatch, capsys)
+    code, said = as_script(f"{inputs} --out {tmp_path}/out", monkeypatch, capsys)
     hook.remove()
     assert code == 2 and said.startswith("error: ") and f"--resume {tmp_path}/out" in said
     run(f"--resume {tmp_path}/out")

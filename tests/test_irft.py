@@ -2,7 +2,6 @@
 
 import argparse
 import inspect
-import json
 import math
 import re
 import shutil
@@ -10,12 +9,13 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import helpers
 import pytest
 import torch
 from conftest import byte_tokenizer, tiny_model
-from helpers import EOS, PAIRS, logged, made_pairs, metrics, read_jsonl, refusal, run, table, weights
+from helpers import EOS, PAIRS, check_equal, logged, made_pairs, read_jsonl, refusal, run
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import gsil
 import irft
@@ -32,7 +32,7 @@ def sources(module):
 
 
 def test_what_both_scripts_need_is_the_same():
-    """A fix would be made in one script only, and `diff gsil.py irft.py` would not show the methods' difference."""
+    """A fix would be made in one script only, and a diff not show the methods' difference."""
     ours, theirs = sources(irft), sources(gsil)
     different = {name for name in ours.keys() & theirs if ours[name] != theirs[name]}
     allowed = {"parse_args", "train_sft", "main", "load_model", "LOSSES", "PRINTED"}
@@ -62,18 +62,11 @@ def reward_folder(folder, tmp_path_factory):
     model, tokenizer = load_reward(folder)
     torch.manual_seed(1)
     torch.nn.init.normal_(model.score.weight)
-    path = tmp_path_factory.mktemp("reward")
-    model.save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return path
-
-
-# ---- the reward --------------------------------------------------------------------------------------------
+    return helpers.save(tmp_path_factory.mktemp("reward"), model, tokenizer)
 
 
 def test_reward_is_that_of_an_ordinary_classifier(folder, reward_folder):
-    """transformers would read a saved reward at another token, if EOS were its pad, or find another reward beside
-    other texts; and a new head that is not zero would send the policy after noise."""
+    """transformers would read a saved reward elsewhere, or a new head would reward noise."""
     model = load_reward(reward_folder)[0]
     loaded = AutoModelForSequenceClassification.from_pretrained(reward_folder).eval()
     pads = AutoTokenizer.from_pretrained(reward_folder)
@@ -94,54 +87,34 @@ def fit(path, flags, pairs, out, preferences=()):
     return logged(out, "round 1 reward")
 
 
-def test_the_reward_learns_and_its_penalty_holds_it(folder, tmp_path):
-    """A sign error would turn the reward around, and the linear loss would fall forever without its penalty."""
-    margins = []
+def test_the_reward_learns_and_preferences_join_with_their_weight(folder, reward_folder, tmp_path):
+    """A sign error would turn the reward around, or linear fall forever without its penalty."""
+    pairs, others, margins = made_pairs(tiny_model(), 8), made_pairs(tiny_model(), 5, seed=1), []
     for flags in ("", "--reward-loss linear", "--reward-loss linear --reward-penalty 1"):
-        flags = f"--reward-steps 24 --reward-lr 1e-2 {flags}"
-        first, *_, last = fit(folder, flags, made_pairs(tiny_model()), tmp_path)
+        first, *_, last = fit(folder, f"--reward-steps 24 --reward-lr 1e-2 {flags}", pairs, tmp_path)
         assert first["told_apart"] == 0.5 and first["margin"] == 0  # ties count half
         assert last["told_apart"] == 1
         margins.append(last["margin"])
     assert min(margins[:2]) > 1 and margins[2] < min(2, margins[1] / 3)  # penalty 1: at best r = +-1/2
-
-
-def test_preferences_join_with_their_weight(reward_folder, tmp_path):
-    """Preferences would count more or less than asked for, or by how many of them fit in a micro-batch."""
-    own, others = made_pairs(tiny_model(), 8), made_pairs(tiny_model(), 5, seed=1)
     flags = "--reward-steps 1 --preference-weight 0.3"
-    losses = [fit(reward_folder, flags, pairs, tmp_path)[0]["loss"] for pairs in (own, others)]
+    losses = [fit(reward_folder, flags, rows, tmp_path)[0]["loss"] for rows in (pairs, others)]
     for micro_batch in (512, 40):
-        joint = fit(reward_folder, f"{flags} --micro-batch {micro_batch}", own, tmp_path, others)[0]["loss"]
+        joint = fit(reward_folder, f"{flags} --micro-batch {micro_batch}", pairs, tmp_path, others)[0]["loss"]
         assert joint == pytest.approx(losses[0] + 0.3 * losses[1], rel=1e-5)  # sums in fp32
-
-
-HH = {"chosen": "\n\nHuman: How many?\n\nAssistant: 3", "rejected": "\n\nHuman: How many?\n\nAssistant: no"}
 
 
 def test_preferences_are_pairs(tokenizer):
     """The two sides would be swapped, or rows be used that cannot be compared."""
     encode = partial(irft.encode_preference, tokenizer=tokenizer, eos_ids={EOS}, window=200)
-    for pair in map(encode, [HH, {"prompt": "How many?", "chosen": "3", "rejected": "no"}]):
+    transcript = "\n\nHuman: How many?\n\nAssistant: "
+    row = {"chosen": f"{transcript}3", "rejected": f"{transcript}no"}
+    for pair in map(encode, [row, {"prompt": "How many?", "chosen": "3", "rejected": "no"}]):
         texts = [tokenizer.decode(pair[f"{part}_ids"]) for part in ("prompt", "real", "generated")]
         assert texts == ["<|user|>\nHow many?</s>\n<|assistant|>\n", "3</s>", "no</s>"]
-    unusable = {"different prompts": HH["rejected"].replace("many", "old"), "columns chosen and": None}
-    unusable["longer than the model's window of 200"] = HH["rejected"] + "no" * 200
-    for says, rejected in unusable.items():
+    unusable = {"different prompts": transcript.replace("many", "old") + "3", "columns chosen and": None}
+    for says, rejected in (unusable | {"longer than the model's window": transcript + "no" * 200}).items():
         with pytest.raises((UserWarning, ValueError), match=says):
-            encode(HH | {"rejected": rejected})
-
-
-# ---- the policy --------------------------------------------------------------------------------------------
-
-
-class SmallTokens(torch.nn.Module):
-    """Rewards a response of one token with 1 if the token is below 100; and each prompt with another constant."""
-
-    device = "cpu"
-
-    def forward(self, ids, last):
-        return ((ids[torch.arange(len(ids)), last] < 100) + 20.0 * ids[:, 0])[:, None]  # (B, 1)
+            encode(row | {"rejected": rejected})
 
 
 def improve(policy, flags, out, max_new_tokens=6):
@@ -149,7 +122,8 @@ def improve(policy, flags, out, max_new_tokens=6):
     args = args_for(out, f"--policy-batch 4 {flags}")
     demos = [{"prompt_ids": prompt} for prompt, _ in PAIRS * 2]
     data = SimpleNamespace(demos=demos, eos_ids={EOS}, max_new_tokens=max_new_tokens)
-    irft.improve_policy(policy, tiny_model(), SmallTokens(), "round 1", data, args)
+    small_tokens = helpers.Outcomes((torch.arange(300) < 100).float(), per_prompt=20.0)  # else a reward of 0
+    irft.improve_policy(policy, tiny_model(), small_tokens, "round 1", data, args)
     return logged(out, "round 1 policy")[-1]
 
 
@@ -161,7 +135,7 @@ def share_of_small_tokens(model):
 
 
 def test_policy_steps_reach_the_closed_form(tmp_path):
-    """A wrong sign, KL or weight of it, or samples compared with those of another prompt, would lead elsewhere."""
+    """A wrong sign, KL or weight of it, or another prompt's baseline would lead elsewhere."""
     policy, start = tiny_model(), share_of_small_tokens(tiny_model())
     flags = "--kl 0.5 --policy-steps 24 --group-size 60 --policy-lr 1e-2 --micro-batch 4096"
     improve(policy, flags, tmp_path, max_new_tokens=1)
@@ -171,7 +145,7 @@ def test_policy_steps_reach_the_closed_form(tmp_path):
 
 @pytest.mark.parametrize("epochs, moves", [(1, True), (2, False)])
 def test_only_later_passes_clip(epochs, moves, tmp_path):
-    """Rounding, in bf16 several percent, would clip the first pass, or later passes would forget the samples' age."""
+    """Rounding would clip the first pass, or later passes would forget the samples' age."""
     policy = tiny_model()
 
     def disturb(_, __, logits):  # training finds all tokens but 299 unlikely: a ratio of nearly 0
@@ -182,32 +156,26 @@ def test_only_later_passes_clip(epochs, moves, tmp_path):
     assert norm > 0.1 if moves else norm < 1e-3
 
 
-# ---- whole runs --------------------------------------------------------------------------------------------
-
-
 def test_one_chunk_is_a_round_of_gsil_with_spin(inputs, tmp_path):
-    """IRFT with T = 1 would not be SPIN: the same samples, the same steps, the same weights to the last digit."""
+    """IRFT with T = 1 would not be SPIN, with the same samples and the same weights."""
     flags = f"{inputs} --baseline none --batch 4 --out {tmp_path}"
     run(f"{flags}/irft --method irft", irft)
     run(f"{flags}/gsil --loss spin")
     ours, theirs = tmp_path / "irft", tmp_path / "gsil"
-    assert (ours / "round_1.jsonl").read_bytes() == (theirs / "round_1.jsonl").read_bytes()
-    assert weights(ours / "round_1") == weights(theirs / "round_1")
+    for file in ("round_1.jsonl", "round_1/model.safetensors"):
+        assert (ours / file).read_bytes() == (theirs / file).read_bytes()
 
 
-@pytest.mark.parametrize(
-    "flags, rounds",
-    [
-        (f"--preferences {irft.TOY}/preferences.jsonl --reward-loss linear --ppo-epochs 2 {FAST}", 1),
-        ("--method irft --chunks 4 --loss linear", 4),
-    ],
-)
+METHODS = {f"--preferences {irft.TOY}/preferences.jsonl --reward-loss linear --ppo-epochs 2 {FAST}": 1}
+METHODS |= {"--method irft --chunks 4 --loss linear": 4}
+
+
+@pytest.mark.parametrize("flags, rounds", METHODS.items())
 def test_end_to_end(flags, rounds, inputs, folder, tmp_path):
-    """A mode would not reach its table, chunks would not be one pass over the data, and SFT would train all
-    weights beside a method that trains LoRA."""
-    data, out = irft.parse_args(inputs.split()).data, tmp_path / "out"
-    run(f"{inputs} --dev {data} --heldout {data} --out {out} --lora-rank 2 {flags}", irft)
-    assert list(table(out)) == ["base", *(f"round {t + 1}" for t in range(rounds)), "sft"]
+    """A mode would not reach its table, chunks overlap, or SFT train what LoRA does not."""
+    data, out = irft.parse_args(inputs.split()).data, tmp_path / "out"  # six demonstrations
+    rows = run(f"{inputs} --dev {data} --heldout {data} --out {out} --lora-rank 2 {flags}", irft)
+    assert [*rows] == ["base", *(f"round {t + 1}" for t in range(rounds)), "sft"]
     chunks = [read_jsonl(path) for path in out.glob("round_*.jsonl")]
     assert len({pair["prompt"] for chunk in chunks for pair in chunk}) == sum(map(len, chunks)) == 6
     assert len(chunks) == rounds and max(map(len, chunks)) - min(map(len, chunks)) <= 1
@@ -223,13 +191,13 @@ def two_rounds(inputs, reward_folder, tmp_path_factory):
     """The folder of a run with two rounds of RFT."""
     out = tmp_path_factory.mktemp("two_rounds") / "out"
     flags = f"{inputs} {FAST} --rounds 2 --reward-model {reward_folder} --baseline none --kl 0.5"
-    flags += " --habit ^[A-Z]|[0-2] --max-new-tokens 9 --lora-rank 2 --policy-lr 1e-2 --reward-penalty 0.5"
+    flags += " --habit ^[A-Z]|[0-3] --max-new-tokens 9 --lora-rank 2 --policy-lr 1e-2 --reward-penalty 0.5"
     run(f"{flags} --out {out}", irft)
     return out
 
 
 def test_a_second_round_builds_on_the_first(two_rounds):
-    """A reward that starts anew would forget, and a reference that moves along would let the policy walk away."""
+    """A reward that starts anew would forget, and a moving reference let the policy walk away."""
     first, second = (logged(two_rounds, f"round {t} reward")[0]["loss"] for t in (1, 2))
     assert second == pytest.approx(math.log(2), abs=1e-5) and abs(first - math.log(2)) > 0.1  # no change yet
     start, end = (load_file(two_rounds / f"round_{t}_reward/model.safetensors") for t in (1, 2))
@@ -241,79 +209,59 @@ def test_a_second_round_builds_on_the_first(two_rounds):
         assert (abs(report["kl"]) < 1e-4) == (when == "round 1 before")  # there the policy is the reference
 
 
-# A stopped run has some of these; a stage's folder and a round's pairs are there whole or not at all.
+LOST = {"summary.json", "round_2.jsonl", "round_2_reward", "round_2"}
+
+
 @pytest.mark.parametrize("finished", [[], ["round_2.jsonl"], ["round_2.jsonl", "round_2_reward"]])
 def test_a_second_round_of_a_resumed_run(finished, two_rounds, tmp_path, capsys):
     """A stopped run would end with other weights, or not say what to expect of a later round."""
     out = tmp_path / "out"
-    shutil.copytree(two_rounds, out)
-    for path in out.glob("round_2*"):
-        if path.name not in finished:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-    rows = json.loads((out / "summary.json").read_text())
-    del rows["round 2"]
-    (out / "summary.json").write_text(json.dumps(rows))
+    shutil.copytree(two_rounds, out, ignore=shutil.ignore_patterns(*LOST - {*finished}))
     run(f"--resume {out}", irft)
-    for saved in ("round_2", "round_2_reward"):
-        assert weights(two_rounds / saved) == weights(out / saved)
-    assert metrics(two_rounds) == metrics(out) and table(two_rounds) == table(out)
-    printed, tokenizer, log_odds = capsys.readouterr().out, AutoTokenizer.from_pretrained(out / "round_1"), []
+    check_equal(out, two_rounds)
+    printed = capsys.readouterr().out
     assert "warning: rounds do not settle at --kl 0.5" in printed
-    for side in ("generated_ids", "real_ids"):
-        texts = tokenizer.batch_decode([pair[side] for pair in read_jsonl(out / "round_2.jsonl")])
-        share = sum(re.search("^[A-Z]|[0-2]", text) is not None for text in texts) / len(texts)
-        log_odds.append(math.log(share / (1 - share)))
-        assert f" {share:.1%}" in printed
-    prediction = 1 / (1 + math.exp(-log_odds[0] - (log_odds[1] - log_odds[0]) / 0.5))
-    assert f" {prediction:.1%} if" in printed
+    shares = re.search(r"model ([\d.]+)%, demonstrators ([\d.]+)%; predicted ([\d.]+)%", printed).groups()
+    own, theirs, predicted = (float(share) / 100 for share in shares)
+    odds = (theirs / (1 - theirs)) ** (1 / 0.5) * (own / (1 - own)) ** (1 - 1 / 0.5)  # 0.5: --kl
+    assert predicted == pytest.approx(odds / (1 + odds), abs=2e-3)  # of three digits
 
 
 def test_a_sick_round_is_warned_of(inputs, small, tmp_path, capsys):
-    """A warning that fires on every run would soon be ignored, and one that never fires would protect nobody."""
+    """A warning on every run would soon be ignored, and one that never fires protects nobody."""
     short = "--baseline none --reward-steps 1 --policy-steps 1 --policy-batch 2"
     run(f"{inputs} {short} --reward-lr 1e-60 --policy-lr 1e-60 --kl 0 --out {tmp_path}/idle", irft)
     assert not re.search("length alone|runs away|1 - 1/", capsys.readouterr().out)
-    data = [f"{small}/{name}.jsonl" for name in ("demos", "dev", "heldout")]
     dev = tmp_path / "dev.jsonl"  # two samples: their rewards and lengths always correlate
-    dev.write_text("".join((small / "dev.jsonl").read_text().splitlines(keepends=True)[:2]))
-    flags = f"--data {data[0]} --dev {dev} --heldout {data[2]} {short} --max-new-tokens 20 --policy-lr 0.3"
-    run(f"{flags} --out {tmp_path}/sick", irft)
+    dev.write_text("".join((small / "dev.jsonl").open().readlines()[:2]))
+    flags = f"--data {small}/demos.jsonl --dev {dev} --heldout {small}/heldout.jsonl --max-new-tokens 20"
+    run(f"{flags} {short} --policy-lr 0.3 --out {tmp_path}/sick", irft)
     printed = capsys.readouterr().out
     assert "the reward follows length alone" in printed and "the policy runs away" in printed
 
 
-@pytest.mark.parametrize(
-    "flags, says",
-    [
-        ("--group-size 1", "at least 2"),
-        ("--reward-loss linear --reward-penalty 0", "falls forever"),
-        ("--method irft --kl 0.5", "--kl has no use in --method irft"),
-        ("--method irft --chunks 7", "only 5 demonstrations"),
-        ("--reward-model TOKENIZER", "its tokenizer differs"),
-        ("--resume RUN --kl 0.3", "--kl 0.3: the run to resume has 0.5"),
-    ],
-)
-def test_a_mistake_costs_no_samples(flags, says, inputs, folder, two_rounds, tmp_path, monkeypatch, capsys):
+MISTAKES = {
+    "--group-size 1": "at least 2",
+    "--reward-loss linear --reward-penalty 0": "falls forever",
+    "--method irft --kl 0.5": "--kl has no use in --method irft",
+    "--method irft --chunks 7": "only 5 demonstrations",
+    f"--reward-model {irft.TOY}/base": "its tokenizer differs",
+    "--kl 0.3": "--kl 0.3: the run to resume has 0.5",
+}
+
+
+@pytest.mark.parametrize("flags", MISTAKES)
+def test_a_mistake_costs_no_samples(flags, inputs, two_rounds, tmp_path, capsys):
     """A round would be sampled and lost, or a folder be left in the way of the next try."""
-    shutil.copytree(folder, tmp_path / "TOKENIZER")
-    file = tmp_path / "TOKENIZER" / "tokenizer.json"  # in which y and z change places
-    file.write_text(file.read_text().replace('"y"', '"new"').replace('"z"', '"y"').replace('"new"', '"z"'))
-    monkeypatch.chdir(tmp_path)
-    flags = flags.replace("RUN", str(two_rounds))
-    assert says in refusal(capsys, flags if "--resume" in flags else f"{inputs} --out out {flags}", irft)
+    start = f"--resume {two_rounds}" if flags == "--kl 0.3" else f"{inputs} --out {tmp_path}/out"
+    assert MISTAKES[flags] in refusal(capsys, f"{start} {flags}", irft)
     assert not (tmp_path / "out").exists()
-
-
-# ---- LoRA --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind, layers", [("llama", 7), ("phi3", 4), ("gpt2", 4)])  # plain, fused, Conv1D
 def test_lora_starts_as_the_model_itself_and_merges_into_it(kind, layers, tmp_path):
-    """Policy and reference would differ at first, a layer stay untrained, or the saved model do something else."""
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    sizes |= {"vocab_size": 300, "initializer_range": 0.2, "pad_token_id": None}
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes)).eval()
+    """Policy and reference would differ at first, or the saved model do something else."""
+    model = helpers.random_model(kind)
     before = irft.response_logps(model, PAIRS)
     irft.add_lora(model, 3, "a seed")
     trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}

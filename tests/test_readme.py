@@ -1,7 +1,6 @@
 """README, RESULTS.md, the toy: a command that fails, or a number nobody measured, is what a newcomer meets first."""
 
 import importlib
-import json
 import re
 import shlex
 from functools import partial
@@ -13,20 +12,13 @@ from transformers import AutoTokenizer
 
 import gsil
 
-PAGES = {
-    page: (ROOT / page).read_text(encoding="utf-8") for page in ("README.md", "tests/studies/RESULTS.md")
-}
-README, RESULTS = PAGES.values()
-
-
-def test_readme_is_short():
-    """It would grow, as it once did to 9,800 words, and a newcomer reads it once."""
-    assert len(README.splitlines()) <= 240 and len(README.encode()) <= 18432
+PAGES = ("README.md", "tests/studies/RESULTS.md")
+README, RESULTS = [(ROOT / page).read_text(encoding="utf-8") for page in PAGES]
 
 
 def test_commands_parse():
     """A command that takes hours or needs a GPU would keep flags that have left its script."""
-    text = "".join(PAGES.values()).replace("\\\n", " ")
+    text = (README + RESULTS).replace("\\\n", " ")
     found = re.findall(r"(?:python|torchrun .*) (?:tests/\w+/)?(\w+)\.py\b([^`#\n]*)", text)
     scripts = {"gsil", "irft", "eval", "make_toy", "toy", "pretrained", "bench", "gsm8k"}
     assert {script for script, _ in found} == scripts and len(found) >= 35
@@ -39,7 +31,7 @@ def test_commands_parse():
 
 
 def test_what_is_named_exists():
-    """A reader would look for flags, functions, files and headings that have another name by now."""
+    """A reader would look for flags, functions, files and headings that have other names now."""
     scripts = ["gsil.py", "irft.py", "eval.py", "tests/studies/toy.py"]
     sources = {script: (ROOT / script).read_text(encoding="utf-8") for script in scripts}
     flags = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) - {"--nproc-per-node", "--exclude"}
@@ -52,7 +44,7 @@ def test_what_is_named_exists():
         assert f" {line}\n" in sources["gsil.py"] + sources["irft.py"], line
     titles = re.findall(r"^#+ (.*)$", README + RESULTS, re.MULTILINE)
     anchors = ["", *(re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles)]
-    for page, text in PAGES.items():
+    for page, text in zip(PAGES, (README, RESULTS)):
         links = re.findall(r"\]\((?!https:)([^)#]*)#?([^)]*)\)", text)
         assert len(links) >= 4
         for path, heading in links:
@@ -84,8 +76,9 @@ def test_the_pair_by_hand():
         assert min(abs(number - value) for number in printed) < 0.002, value  # three digits, and rounding
 
 
-def test_readme_has_the_numbers_that_were_measured():
-    """A number that was edited by hand would pass for one that a program printed into RESULTS.md."""
+def test_readme_is_short_and_has_the_numbers_that_were_measured():
+    """A number edited by hand would pass for one that a program printed into RESULTS.md."""
+    assert len(README.splitlines()) <= 240 and len(README.encode()) <= 18432
     lines = re.findall(r"^\|.*±.*|^    (?:held-out|base|round 1|sft|rft 1)  .*", README, re.MULTILINE)
     assert len(lines) >= 11 and set(lines) <= set(RESULTS.splitlines())
     text, _, rest = README.partition("### One pair by hand")  # which is computed, above
@@ -96,14 +89,17 @@ def test_readme_has_the_numbers_that_were_measured():
     assert len(numbers) >= 40 and [number for number in numbers if number not in RESULTS] == []
 
 
-def test_the_toys_files_are_what_make_toy_makes():
-    """The committed files could not be made again, or a question would stand in two of them."""
-    rows = make_toy.make_rows(0)
-    for part in ("demos", "dev", "heldout", "preferences"):
-        made = "".join(json.dumps(row) + "\n" for row in rows[part])
-        assert (ROOT / f"tests/toy/{part}.jsonl").read_text() == made
+def test_the_toys_files_are_what_make_toy_makes(tmp_path):
+    """The committed files could not be made again, be overwritten, or share a question."""
+    for seed, same in (("0", True), ("1", False)):
+        make_toy.main(make_toy.parse_args(["--data-only", "--seed", seed, "--out", str(tmp_path)]))
+        for part in ("demos", "dev", "heldout", "preferences"):
+            made = (tmp_path / f"{part}.jsonl").read_bytes()
+            assert ((gsil.TOY / f"{part}.jsonl").read_bytes() == made) == same
+    assert make_toy.parse_args(["--seed", "1"]).out.parts[-2:] == ("runs", "toy-1")
+    assert make_toy.parse_args([]).out == gsil.TOY.resolve()
+    rows, perfect = make_toy.make_rows(0), make_toy.make_rows(0, perfect=True)
     questions = [row.get("question", row.get("prompt")) for part in rows.values() for row in part]
     assert len(questions) == len(set(questions)) == sum(make_toy.SIZES.values())
-    perfect = make_toy.make_rows(0, perfect=True)
     assert [row["question"] for row in perfect["demos"]] == [row["question"] for row in rows["demos"]]
     assert all("=" in row["answer"] for row in perfect["demos"]) and perfect["heldout"] == rows["heldout"]

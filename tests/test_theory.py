@@ -16,9 +16,10 @@ import math
 
 import pytest
 import torch
+from helpers import Outcomes
 
 import irft
-from gsil import LOSSES, tangent_exp
+from gsil import LOSSES
 from irft import REWARD_LOSSES, advantages, clipped_loss, reward_loss
 
 RATIO = ["logistic", "brier", "kliep", "lsif"]  # the losses that find the ratio p/pi itself
@@ -33,7 +34,7 @@ P, PI = vector(0.6, 0.3, 0.1), vector(0.2, 0.3, 0.5)  # the example of the whole
 
 
 def close(found, expected, tolerance=1e-6):
-    """Allow 1e-6 for what an optimizer found, 5e-4 for 3 digits written here, 1e-12 for rounding in float64."""
+    """1e-6 is for what an optimizer found, 5e-4 for 3 digits, 1e-12 for rounding."""
     found, expected = (torch.as_tensor(x, dtype=torch.float64) for x in (found, expected))
     torch.testing.assert_close(found, expected.expand(found.shape), atol=tolerance, rtol=0)
 
@@ -48,14 +49,13 @@ def random_logits(count):
 
 
 def expected_loss(loss, h, p, pi):
-    """E loss(h(y+), h(y-)) over y+ ~ p, y- ~ pi. Arguments (outcomes,), or (prompts, outcomes): the sum."""
-    real, generated = torch.broadcast_tensors(h[..., :, None], h[..., None, :])
-    probability = p[..., :, None] * pi[..., None, :]  # of each pair: (..., outcomes, outcomes)
-    return (probability.flatten() * loss(real.flatten(), generated.flatten())).sum()
+    """E loss(h(y+), h(y-)) over y+ ~ p and y- ~ pi, of one number per outcome."""
+    real, generated = torch.cartesian_prod(torch.arange(3), torch.arange(3)).unbind(1)  # (9,): all pairs
+    return (p[real] * pi[generated] * loss(h[real], h[generated])).sum()
 
 
 def minimise(objective, *parameters):
-    """Change the parameters in place until objective() is as small as it gets. For smooth objectives."""
+    """Change the parameters in place until objective(), which is smooth, is smallest."""
     for parameter in parameters:
         parameter.requires_grad_()
     precise = {"max_iter": 500, "tolerance_grad": 1e-12, "tolerance_change": 1e-16}
@@ -70,11 +70,13 @@ def minimise(objective, *parameters):
     optimizer.step(closure)
 
 
-def one_round(loss, p, pi, scale, shift=0.0, learned=(), features=None):
+ANYWHERE = torch.eye(3, dtype=torch.float64)
+
+
+def one_round(loss, p, pi, scale, shift=0.0, learned=(), features=ANYWHERE):
     """The policy after a round trained to its optimum, and with it what is `learned`, such as a shift. Its
-    logits can move in directions `features`, (directions, outcomes); by default in all."""
-    features = torch.eye(pi.shape[-1], dtype=torch.float64) if features is None else features
-    weights = torch.zeros(*pi.shape[:-1], len(features), dtype=torch.float64)  # 0: the reference
+    logits can move in the directions `features`, (directions, 3), by default in all."""
+    weights = torch.zeros(len(features), dtype=torch.float64)  # 0: the reference
 
     def log_policy():
         return (pi.log() + weights @ features).log_softmax(-1)
@@ -89,55 +91,11 @@ def one_round(loss, p, pi, scale, shift=0.0, learned=(), features=None):
 def closed_form(p, pi, scale):
     """pi (p/pi)^(1/scale) / Z, the hero of this chapter, and scale * log Z."""
     unnormalised = pi * (p / pi) ** (1 / scale)
-    z = unnormalised.sum(-1, keepdim=True)
+    z = unnormalised.sum()
     return unnormalised / z, scale * z.log()
 
 
-# ---- 1. What a loss knows ----------------------------------------------------------------------------------
-
-TABLE = {  # name -> (loss at h+ = h- = 0, the same at 2, its slope for h+ at 0)
-    "logistic": (1.3863, 2.2539, 1 / 2),
-    "hinge": (2, 3, 1),
-    "brier": (0.5, 0.7900, 1 / 4),
-    "kliep": (1, 5.3891, 1),
-    "lsif": (-0.5, 19.9100, 1),
-    "spin": (0.6931, 0.6931, 1 / 2),  # a shift cancels in h+ - h-
-    "linear": (0, 0, 1),  # of irft.py
-}
-ALL = irft.LOSSES | LOSSES
-
-
-@pytest.mark.parametrize("name", TABLE)
-def test_losses_before_the_first_step(name):
-    """The first line of a training log, where d = 0 and h = shift, could not be compared with these values."""
-    for shift, value in zip((0, 2), TABLE[name]):
-        close(ALL[name](vector(shift), vector(shift)), value, 5e-5)  # 4 digits above
-
-
-FAMILY = {  # name -> (loss, its convex phi, a constant that no gradient sees)
-    "logistic": (LOSSES["logistic"], lambda r: r * r.log() - (1 + r) * (1 + r).log(), 0),
-    "brier": (LOSSES["brier"], lambda r: 1 / (1 + r), 1),
-    "kliep": (LOSSES["kliep"], lambda r: r * r.log() - r, 0),
-    "lsif": (LOSSES["lsif"], lambda r: (r - 1) ** 2 / 2, -0.5),
-    "root": (lambda a, b: tangent_exp(-a / 2) + tangent_exp(b / 2), lambda r: -2 * r.sqrt(), 0),
-}
-
-
-@pytest.mark.parametrize("name", FAMILY)
-def test_one_family_finds_the_log_ratio(name):
-    """A forgotten 1/2 on one side would leave all signs right, and move the optimum away from log p/pi."""
-    # Each is -phi'(r+) + r- phi'(r-) - phi(r-), where r = exp(h): on average the Bregman divergence of p/pi and r.
-    loss, phi, constant = FAMILY[name]
-    grid = torch.linspace(-5, 5, 41, dtype=torch.float64)  # beyond it: part 4
-    real, generated = torch.cartesian_prod(grid, grid).unbind(1)
-    r_real, r_generated = real.exp().requires_grad_(), generated.exp().requires_grad_()
-    (slope_real,) = torch.autograd.grad(phi(r_real).sum(), r_real)
-    (slope_generated,) = torch.autograd.grad(phi(r_generated).sum(), r_generated)
-    bregman = -slope_real + r_generated * slope_generated - phi(r_generated)
-    close(loss(real, generated) - bregman.detach(), constant, 1e-9)  # of numbers up to e^10
-    h = vector(0, 0, 0)
-    minimise(lambda: expected_loss(loss, h, P, PI), h)
-    close(h.detach(), (P / PI).log())  # (1.099, 0, -1.609)
+# ---- 1. What a loss knows: RATIO all of log p/pi, spin all but a constant (part 2), hinge the sign -----------
 
 
 def test_hinge_finds_the_sign_only():
@@ -157,7 +115,7 @@ def test_hinge_finds_the_sign_only():
 @pytest.mark.parametrize("scale", [0.25, 0.5, 1, 2])
 @pytest.mark.parametrize("loss", SMOOTH)
 def test_a_round_reaches_the_closed_form(loss, scale):
-    """The formula of all docstrings would be wrong for a loss, or a learned shift would not find scale * log Z."""
+    """The formula of all docstrings would be wrong, or a learned shift not find scale * log Z."""
     # spin needs no shift. At shift 0 the others stop short of the formula (except lsif at scale 1/2, by
     # luck: there E_pi[exp(2h)] is E_pi[pi'/pi], which is 1 for any policy).
     policy, right = closed_form(P, PI, scale)
@@ -174,23 +132,12 @@ def test_a_round_reaches_the_closed_form(loss, scale):
         assert P[0] + 0.1 < one_round(loss, P, PI, scale)[0] < policy[0] - 0.05
 
 
-@pytest.mark.parametrize("loss", RATIO)
-def test_one_shift_for_all_prompts_is_a_compromise(loss):
-    """The formula would be claimed for many prompts, where one shift changes some too little and some too much."""
-    p, pi = torch.stack([P, vector(0.4, 0.3, 0.3)]), torch.stack([PI, vector(0.3, 0.3, 0.4)])
-    exact, right = closed_form(p, pi, 0.25)  # (2 prompts, 3 outcomes), (2, 1): right are .70 and .08
-    shift = vector(0)
-    policy = one_round(loss, p, pi, 0.25, shift, learned=[shift])
-    assert right[1] + 0.1 < shift < right[0] - 0.1
-    assert policy[0, 0] < exact[0, 0] - 0.02 and policy[1, 0] > exact[1, 0] + 0.1
-
-
 # ---- 3. Many rounds: where they end ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("scale", [0.4, 0.5, 0.7, 1, 2])  # the factor is -1.5, -1, -.43, 0, 1/2
 def test_a_round_multiplies_the_error_by_one_minus_one_over_scale(scale):
-    """Rounds would be said to settle at the demonstrators where they do not, that is, at a scale up to 1/2."""
+    """Rounds would be said to settle where they do not, that is, at a scale up to 1/2."""
     # The logarithm of the closed form is log(pi'/p) = (1 - 1/scale) log(pi/p) + constant. Near p, log Z is as
     # small as the squared error, so there the one-sided losses at shift 0 do the same.
     factor, policy = 1 - 1 / scale, PI
@@ -202,10 +149,6 @@ def test_a_round_multiplies_the_error_by_one_minus_one_over_scale(scale):
         close((one_round(loss, P, near, scale) / P).log(), factor * (near / P).log(), 2e-5)
 
 
-def sft_gradient(logits, p):
-    return logits.softmax(-1) - p  # of -E_p[log pi]
-
-
 def first_gradient(loss, logits, scale, shift=0.0):
     """Of the expected loss at step 0: there d is 0, its gradient is not."""
     logits = logits.clone().requires_grad_()
@@ -214,22 +157,36 @@ def first_gradient(loss, logits, scale, shift=0.0):
     return torch.autograd.grad(value, logits)[0]
 
 
+TABLE = {  # name -> (loss at h+ = h- = 0, the same at 2, its slope for h+ at 0)
+    "logistic": (1.3863, 2.2539, 1 / 2),
+    "hinge": (2, 3, 1),
+    "brier": (0.5, 0.7900, 1 / 4),
+    "kliep": (1, 5.3891, 1),
+    "lsif": (-0.5, 19.9100, 1),
+    "spin": (0.6931, 0.6931, 1 / 2),  # a shift cancels in h+ - h-
+    "linear": (0, 0, 1),  # of irft.py
+}
+
+
 @pytest.mark.parametrize("name", TABLE)
 def test_the_first_step_of_a_round_is_a_step_of_sft(name):
-    """Learning rates of other losses and scales would seem comparable: the gradient is SFT's times scale * slope."""
+    """Losses would seem to learn alike: the gradient is SFT's times scale * slope."""
     # The generated half is 0 on average at any shift, because E_pi[grad log pi] = grad sum(pi) = grad 1. So it is
     # noise at first, and a brake as soon as d is not 0.
-    loss, slope = ALL[name], TABLE[name][2]
+    loss, (at_0, at_2, slope) = (irft.LOSSES | LOSSES)[name], TABLE[name]
+    for shift, value in ((0, at_0), (2, at_2)):  # the first line of a log, where d = 0 and h = shift
+        close(loss(vector(shift), vector(shift)), value, 5e-5)  # 4 digits above
     generated_half = lambda real, generated: loss(real.detach(), generated)
     for logits in random_logits(5):
-        close(first_gradient(loss, logits, 0.3), 0.3 * slope * sft_gradient(logits, P), 1e-12)
+        of_sft = logits.softmax(-1) - P  # the gradient of -E_p[log pi]
+        close(first_gradient(loss, logits, 0.3), 0.3 * slope * of_sft, 1e-12)
         for shift in (-0.5, 0, 2):
             close(first_gradient(generated_half, logits, 1, shift), 0, 1e-12)
 
 
 @pytest.mark.parametrize("loss", SMOOTH)
 def test_endless_rounds_end_where_sft_ends(loss):
-    """README would promise that rounds improve a model which SFT on the same demonstrations has finished with."""
+    """README would promise that rounds improve a model with which SFT has finished."""
     # This policy cannot reach p: it can only tilt, and its demonstrators have a dent in the middle. A round's
     # first gradient is SFT's, so rounds leave every point but SFT's, where the mean tilt is the demonstrators'.
     tilt, dented = vector(0, 1, 2), vector(0.6, 0.1, 0.3)
@@ -255,8 +212,7 @@ def test_no_loss_and_no_gradient_overflows(loss):
 
 
 def test_beyond_5():
-    """A clamp would give up on the very responses that the policy overrates most, and real responses, whose side
-    of lsif and linear has no minimum, would be pushed up forever."""
+    """A clamp would give up on what is overrated most, or real responses rise forever."""
     for loss, push in (("kliep", math.exp(5)), ("lsif", math.exp(10))):
         generated = vector(5, 6, 1000).requires_grad_()
         LOSSES[loss](vector(0, 0, 0), generated).sum().backward()
@@ -276,7 +232,7 @@ REWARD = vector(1, 0, -0.5)  # an example
 
 
 def best_policy(r, kl, reference=PI):
-    """pi_ref exp(r / kl) / Z; the next test says that no policy is better."""
+    """pi_ref exp(r / kl) / Z: after the penalty all responses earn the same."""
     return (reference.log() + r / kl).softmax(-1)
 
 
@@ -285,20 +241,9 @@ def worth(policy, r, kl):
     return (policy * (r - kl * (policy / PI).log())).sum()
 
 
-@pytest.mark.parametrize("kl", [0.1, 0.5, 2])
-def test_the_best_policy_tilts_the_reference(kl):
-    """The formula for RFT's policy would be wrong, or noise would drive a policy away that has arrived there."""
-    # By hand it is worth kl log Z - kl * KL(policy || best). At the best every response earns the same.
-    best, log_z = best_policy(REWARD, kl), (PI * (REWARD / kl).exp()).sum().log()
-    for policy in [best, *random_logits(20).softmax(-1)]:
-        missing = kl * (policy * (policy / best).log()).sum()
-        close(worth(policy, REWARD, kl), kl * log_z - missing, 1e-12)
-    close(advantages((REWARD - kl * (best / PI).log())[None]), 0, 1e-12)
-
-
 @pytest.mark.parametrize("samples", [2, 4])
 def test_the_policy_gradient_is_right_on_average(samples):
-    """A wrong sign, a lost factor, or the mean of all samples in place of the others would move the optimum."""
+    """A wrong sign, a lost factor, or the mean of all samples would move the optimum."""
     rewards = torch.tensor([[1.0, 2, 6], [7, 7, 10]])  # of two prompts; 7 more for all of a prompt cancel
     close(advantages(rewards), [[-3, -1.5, 4.5], [-1.5, -1.5, 3]])
     groups = torch.cartesian_prod(*[torch.arange(3)] * samples)  # (3 ** samples, samples): all that can occur
@@ -323,33 +268,14 @@ def test_clip_stops_a_response_that_has_moved_far_enough():
         close(logps.grad, slopes, 1e-12)  # at ratio 1 it is -advantage, REINFORCE
 
 
-class Outcomes(torch.nn.Module):
-    """A reward model whose responses are single tokens, 0, 1 or 2, with the rewards r."""
-
-    device = "cpu"
-
-    def __init__(self, r):
-        super().__init__()
-        self.r = torch.nn.Parameter(r.clone())
-
-    def forward(self, ids, last):
-        return self.r[ids[torch.arange(len(ids)), last], None]  # (B, 1)
-
-
-def expected_reward_loss(model, p, pi, before, loss="logistic", penalty=0.0):
-    """The script's reward loss over y+ ~ p and y- ~ pi; before is the reward of the round before."""
-    pairs = []
+def fitted_reward(p, pi, before, penalty=0.0):
+    """The best reward for y+ ~ p and y- ~ pi, found from that of the round before."""
+    model, pairs = Outcomes(before), []
     for real, generated in itertools.product(range(3), repeat=2):
         pair = {"prompt_ids": [3], "real_ids": [real], "generated_ids": [generated]}
         pair |= {"real_before": float(before[real]), "generated_before": float(before[generated])}
         pairs.append(pair | {"weight": float(p[real] * pi[generated])})
-    return reward_loss(model, pairs, loss, penalty)[0].sum()
-
-
-def fitted_reward(p, pi, before, penalty=0.0):
-    """The best reward for y+ ~ p and y- ~ pi, found from the reward of the round before."""
-    model = Outcomes(before)
-    minimise(lambda: expected_reward_loss(model, p, pi, before, penalty=penalty), model.r)
+    minimise(lambda: reward_loss(model, pairs, "logistic", penalty)[0].sum(), model.r)
     return model.r.detach()
 
 
@@ -370,15 +296,15 @@ def rft_rounds(kl, rounds, accumulate=True):
     return policies
 
 
-@pytest.mark.parametrize(
-    "kl, first_outcome",
-    [
-        (0.5, [0.019, 0.7, 0.019]),  # factor -1: there and back forever
-        (0.8, [0.119, 0.225, 0.194]),  # -1/4: swings in on the demonstrators' .2
-        (1, [0.2, 0.2, 0.2]),  # 0: one round is enough
-        (2, [0.444, 0.311, 0.252]),  # 1/2: approaches from one side
-    ],
-)
+FIRST_OUTCOME = {
+    0.5: [0.019, 0.7, 0.019],  # factor -1: there and back forever
+    0.8: [0.119, 0.225, 0.194],  # -1/4: swings in on the demonstrators' .2
+    1: [0.2, 0.2, 0.2],  # 0: one round is enough
+    2: [0.444, 0.311, 0.252],  # 1/2: approaches from one side
+}
+
+
+@pytest.mark.parametrize("kl, first_outcome", FIRST_OUTCOME.items())
 def test_a_round_of_rft_multiplies_the_error_by_one_minus_one_over_kl(kl, first_outcome):
     """Rounds of RFT would not end at the demonstrators, as those of GSIL do."""
     policies = rft_rounds(kl, 3)
@@ -389,21 +315,8 @@ def test_a_round_of_rft_multiplies_the_error_by_one_minus_one_over_kl(kl, first_
 
 
 def test_a_reward_that_does_not_accumulate_goes_back_to_the_start():
-    """Nobody would see why the reward and its penalty are those of a change: at kl 1 rounds alternate without it."""
+    """Nobody would see why a change of the reward is fitted: else at kl 1 rounds alternate."""
     for policy, expected in zip(rft_rounds(1, 4, accumulate=False), [START, SHOWN, START, SHOWN, START]):
         close(policy, expected)
     arrived = (SHOWN / START).log()
     close(fitted_reward(SHOWN, SHOWN, before=arrived, penalty=0.1), arrived)
-
-
-def test_small_reward_steps_are_sft():
-    """RFT that ends where SFT ends would seem to have failed, when it has converged."""
-    # A step changes r by step * slope * (p - pi), so log pi by 1/kl times that: SFT's gradient.
-    for loss, slope in (("linear", 1), ("logistic", 1 / 2)):
-        r, logits = vector(0, 0, 0), PI.log()
-        for _ in range(100):
-            model = Outcomes(r)
-            expected_reward_loss(model, P, best_policy(r, kl=0.5), before=r, loss=loss).backward()
-            r, logits = r - 1.5 / slope * model.r.grad, logits - 1.5 / 0.5 * sft_gradient(logits, P)
-            close(best_policy(r, kl=0.5), logits.softmax(-1), 1e-9)
-        close(best_policy(r, kl=0.5), P)

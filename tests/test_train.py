@@ -1,7 +1,6 @@
 """Section 4 of gsil.py: update and train. A step is the gradient of the whole batch's mean, or none at all."""
 
 import copy
-import math
 import re
 from functools import partial
 from pathlib import Path
@@ -20,8 +19,8 @@ def args_for(flags=""):
     return gsil.parse_args(["--data", "x.jsonl", "--micro-batch", "4096", *flags.split()])
 
 
-def loss_with(shift=0.0, loss="logistic"):
-    return partial(gsil.gsil_loss, loss=loss, scale=0.5, shift=torch.as_tensor(shift))
+def loss_with(shift=0.0):
+    return partial(gsil.gsil_loss, loss="logistic", scale=0.5, shift=torch.as_tensor(shift))
 
 
 def trained(model, rows, flags, folder, loss_of=None, learned=(), dev=()):
@@ -29,14 +28,13 @@ def trained(model, rows, flags, folder, loss_of=None, learned=(), dev=()):
     args = args_for(f"{flags} --out {folder}/run")
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    ends = {"eos_ids": {EOS}, "max_new_tokens": 7}
-    data = SimpleNamespace(tokenizer=byte_tokenizer(), dev=list(dev), **ends)
+    data = SimpleNamespace(tokenizer=byte_tokenizer(), dev=list(dev), eos_ids={EOS}, max_new_tokens=7)
     gsil.train(model, rows, loss_of or loss_with(), args.epochs, out / "round_1", data, args, list(learned))
     return logged(out, "round 1")
 
 
 def test_an_update_is_the_gradient_of_the_whole_batch():
-    """Parts of the batch would weigh too much or run out of memory, or a step see the gradient of another one."""
+    """Parts of the batch would weigh too much, or a step see the gradient of another one."""
     model = tiny_model()
     shift = torch.tensor(0.5, requires_grad=True)
     pairs = made_pairs(model)
@@ -51,33 +49,29 @@ def test_an_update_is_the_gradient_of_the_whole_batch():
     of_all |= {"loss": losses.mean().item(), "grad_norm": norm}
     optimizer = torch.optim.SGD([{"params": [*model.parameters()]}, {"params": [shift]}], lr=0.0)
     optimizer.zero_grad()
-    found = {}
+    found, parts = {}, []
     look = lambda *_: found.update(gradient=gradient(model), of_shift=shift.grad.item())
     optimizer.register_step_pre_hook(look)
+
+    def loss_of(model, part):
+        parts.append(part)
+        return loss_with(shift)(model, part)
+
     for micro, clip in ((1, 1e6), (60, 1e6), (4096, 1e6), (4096, norm / 100)):
-        parts = []
-
-        def loss_of(model, part, parts=parts, micro=micro):
-            sides = [
-                len(row["prompt_ids"]) + len(row[key])
-                for row in part
-                for key in ("real_ids", "generated_ids")
-            ]
-            assert len(part) == 1 or 2 * len(part) * max(sides) <= micro  # both sides padded to the longest
-            parts.extend(pairs.index(row) for row in part)
-            return loss_with(shift)(model, part)
-
-        means = gsil.update(
-            model, optimizer, pairs, loss_of, args_for(f"--clip {clip} --micro-batch {micro}")
-        )
-        assert sorted(parts) == list(range(7))
+        args = args_for(f"--clip {clip} --micro-batch {micro}")
+        parts.clear()
+        means = gsil.update(model, optimizer, pairs, loss_of, args)
+        assert sorted(pairs.index(row) for part in parts for row in part) == list(range(7))
+        for part in parts:  # both sides are padded to the longest
+            sides = [row["prompt_ids"] + row[f"{side}_ids"] for row in part for side in ("real", "generated")]
+            assert len(part) == 1 or len(sides) * max(map(len, sides)) <= micro
         assert means == pytest.approx(of_all, rel=1e-4, abs=1e-4)  # float32 sums of about 40 nats
         assert relative(found["gradient"], expected * min(1, clip / norm)) < 1e-5
         assert found["of_shift"] == pytest.approx(of_shift, rel=1e-4)  # which is not clipped
 
 
 def test_a_learned_shift_does_not_see_the_micro_batches(tmp_path):
-    """Adam's usual eps turns the rounding error that is the shift's first gradient into a step of 0.02."""
+    """Adam's usual eps makes a step of 0.02 of rounding error, the shift's first gradient."""
     last = []
     for micro in (4096, 60, 1):
         model, shift = tiny_model(), torch.tensor(0.0, requires_grad=True)
@@ -88,22 +82,8 @@ def test_a_learned_shift_does_not_see_the_micro_batches(tmp_path):
     assert abs(last[0]) > 0.01 and last == pytest.approx([last[0]] * 3, rel=0.02)
 
 
-@pytest.mark.parametrize("loss", gsil.LOSSES)
-@pytest.mark.parametrize("shift, optimizer", [(0.0, "adamw"), (2.0, "rmsprop")])
-def test_training_tells_real_from_generated(loss, shift, optimizer, tmp_path):
-    """With a sign turned round the policy would come to prefer its own responses to the demonstrations."""
-    model = tiny_model()
-    flags = f"--batch 8 --lr 1e-3 --epochs 10 --optimizer {optimizer}"
-    first, *_, last = trained(model, made_pairs(model, 8), flags, tmp_path, loss_with(shift, loss))
-    expected = gsil.LOSSES[loss](torch.tensor(shift), torch.tensor(shift)).item()
-    assert first["loss"] == pytest.approx(expected, rel=1e-3)  # d of about 1e-5, times a slope of at most 100
-    assert last["loss"] < first["loss"] and last["told_apart"] == 1 and last["shift"] == shift
-    assert last["d_real"] > last["d_generated"] + 1
-
-
 def test_epochs_have_every_row_once_and_the_rate_rises_and_falls(tmp_path):
-    """A shuffle that drops or repeats rows, or a last batch that is left out, biases training; without warmup the
-    first steps of AdamW are full ones, without decay the last ones are."""
+    """Rows dropped or repeated bias training, and without warmup AdamW begins with full steps."""
     model, seen = tiny_model(), []
     pairs = made_pairs(model, 7)
 
@@ -119,7 +99,7 @@ def test_epochs_have_every_row_once_and_the_rate_rises_and_falls(tmp_path):
 
 
 def test_the_first_epoch_that_solves_most_dev_problems_is_saved(tmp_path, capsys):
-    """A later epoch with fewer right answers, or with as many and more overfitting, would be what people load."""
+    """A later epoch with fewer right answers, or with as many, would be what people load."""
     tokenizer = byte_tokenizer()
     prompt_ids = tokenizer("1 + 1 ?").input_ids
     texts = {answer: tokenizer(f"#### {answer}").input_ids + [EOS] for answer in "12"}
@@ -141,25 +121,20 @@ def test_the_first_epoch_that_solves_most_dev_problems_is_saved(tmp_path, capsys
     assert ["kept" in line for line in lines] == [True, False, False]
 
 
-def bad_gradient(model, pairs):
-    losses, metrics = loss_with()(model, pairs)
-    losses.register_hook(lambda gradient: gradient * math.inf)
-    return losses, metrics
-
-
-STOPS = {  # a loss, what must be said of it
-    "gradient norm": bad_gradient,
-    "a loss should have (one|a) value": lambda model, pairs: (loss_with()(model, pairs)[0].mean(), {}),
+STOPS = {  # what must be said of a loss that is changed like this
+    "policy and reference differ": lambda losses, metrics: (losses, {"d_real": metrics["d_real"] - 3}),
+    "gradient norm": lambda losses, metrics: (losses + 1e38 * (losses - losses.detach()), metrics),
+    "a loss should have (one|a) value": lambda losses, metrics: (losses.mean(), metrics),
 }
 
 
 @pytest.mark.parametrize("says", STOPS)
 def test_training_stops_before_a_step_that_would_ruin_the_weights(says, tmp_path, capsys):
-    """A gradient that is not finite, or a loss that is a mean would train nonsense."""
+    """Other weights' references, an infinite gradient or a loss that is a mean would train."""
     model = tiny_model()
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(SystemExit) as stop:
-        trained(model, made_pairs(model), "", tmp_path, STOPS[says])
+        trained(model, made_pairs(model), "", tmp_path, lambda *rows: STOPS[says](*loss_with()(*rows)))
     assert stop.value.code == 2 and re.search(says, capsys.readouterr().err)
-    if says == "gradient norm":
-        assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    changed = any(not torch.equal(before[key], value) for key, value in model.state_dict().items())
+    assert changed == (says == "policy and reference differ")  # which shows in the first step's metrics
