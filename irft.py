@@ -40,7 +40,6 @@ import random
 import re
 import sys
 import time
-import traceback
 from collections import namedtuple
 from contextlib import suppress
 from functools import partial
@@ -59,7 +58,6 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers.distributed import gather_full_state_dict
 from transformers.pytorch_utils import Conv1D
-from transformers.utils import logging as hf_logging
 from transformers.utils.peft_utils import find_adapter_config_file
 
 TOY = Path(__file__).parent / "tests" / "toy"
@@ -69,9 +67,9 @@ RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE",
 bar, say = partial(tqdm, leave=False, disable=RANK > 0), tqdm.write  # say: print above the bar
 if not sys.stderr.isatty():  # a log gets no bar but a line a minute
     line = "  {desc}: {n_fmt} of {total_fmt}, {remaining} left\n"
-    bar = partial(tqdm, delay=60, mininterval=60, maxinterval=60, bar_format=line, disable=RANK > 0)
+    bar = partial(tqdm, disable=RANK > 0, delay=60, mininterval=60, maxinterval=60, bar_format=line)
     say = print
-TAKEN = []  # the folder of this run, once it has one
+TAKEN = []  # [folder], once take_folder has made it; the last lines name it
 # bf16 matrix products over fp32 weights on CUDA, plain fp32 elsewhere
 autocast = partial(torch.autocast, "cuda", torch.bfloat16, enabled=torch.cuda.is_available())
 
@@ -87,7 +85,7 @@ def parse_args(argv=None):
         die(f"each process needs a GPU of its own, but there are {torch.cuda.device_count()}")
     flag = parser.add_argument_group("model and data").add_argument
     flag("--model", default=f"{TOY}/base", help="a folder or a Hub name (default: the toy)")
-    flag("--data", default=f"{TOY}/demos.jsonl", help=".jsonl .json .csv .parquet or a Hub dataset")
+    flag("--data", default=f"{TOY}/demos.jsonl", help=".jsonl, .json, .csv, .parquet, Hub dataset")
     flag("--split", default="train", help="split of a Hub dataset (default: train)")
     flag("--dev", help="problems that choose the best epoch; their responses end in '#### value'")
     flag("--heldout", help="good responses for the final table; without it a tenth of --data")
@@ -127,13 +125,13 @@ def parse_args(argv=None):
     flag("--warmup", type=int, default=0, help="steps of linear warmup, before linear decay to 0")
     flag("--batch", type=int, default=32, help="pairs per optimizer step, over all GPUs")
     tokens = 8192 if best == "cuda" else 512  # a CPU wants little padding, a GPU much work
-    flag("--micro-batch", type=int, default=tokens, help="tokens per forward pass; more: more memory")
+    flag("--micro-batch", type=int, default=tokens, help="tokens per forward pass; takes memory")
     flag("--checkpoint-activations", action="store_true", help="a third slower, in less memory")
     flag("--clip", type=float, default=1.0, help="largest gradient norm")
     flag = parser.add_argument_group("run").add_argument
     flag("--device", choices=devices, default=best, help="computes everything")
-    flag("--sample-batch", type=int, default=256, help="responses at once; more: faster, more memory")
-    flag("--seed", type=int, default=0, help="of the samples and of the order of training")
+    flag("--sample-batch", type=int, default=256, help="responses at once; more is faster")
+    flag("--seed", type=int, default=0, help="of samples, order of training, held-out tenth")
     flag("--out", help="folder for the results; without it the next free runs/irft-METHOD-N")
     flag("--resume", metavar="DIR", help=f"continue that run; new may be {', '.join(RESUMABLE)}")
     for action in parser._actions:
@@ -143,18 +141,17 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.resume:
         file = Path(args.resume) / "args.json"
-        if not file.exists():
-            parser.error(f"--resume {args.resume}: that is not the folder of a run")
-        saved = json.loads(file.read_text() or "{}") | {"resume": args.resume, "out": args.resume}
+        saved = json.loads(file.read_text() or "{}") if file.exists() else {}  # empty: killed as it began
+        saved |= {"resume": args.resume, "out": args.resume}
         if saved.keys() != vars(args).keys():
-            parser.error(f"--resume {args.resume}: a run of another script or version")
+            parser.error(f"--resume {args.resume}: not a run of this version of this script")
         parser.set_defaults(**saved)
-        args = parser.parse_args(argv)
+        args = parser.parse_args(argv)  # now with the saved values where a flag is not given
         for name, value in vars(args).items():
             option = f"--{name.replace('_', '-')}"
             if value != saved[name] and option not in RESUMABLE:
                 parser.error(f"{option} {value}: the run to resume has {saved[name]}, which stays")
-        if args.device not in devices:
+        if args.device not in devices:  # the saved one may be another machine's
             parser.error(f"--device {args.device}: there is none; choose {' or '.join(devices)}")
     if args.data == f"{TOY}/demos.jsonl":
         args.dev, args.heldout = args.dev or f"{TOY}/dev.jsonl", args.heldout or f"{TOY}/heldout.jsonl"
@@ -237,10 +234,9 @@ def next_token_logits(model, ids, mask, cache):
 @torch.no_grad()
 def sample(model, prompts, eos_ids, max_new_tokens, temperature, batch_size, seed):
     """Draw one response y ~ pi(.|x) for each prompt; both are lists of token ids. Each token comes
-    from softmax(logits / temperature), or is the likeliest at temperature 0, as in transformers'
-    generate with top_k=0, top_p=1. A response ends with one of eos_ids, a set, if the model
-    samples it; else it has max_new_tokens ids. NaN logits end the run. Each process samples a
-    share and returns all responses."""
+    from softmax(logits / temperature), or is the likeliest at temperature 0, as in transformers' generate
+    with top_k=0, top_p=1. A response ends with one of eos_ids, a set, if the model samples it; else it has
+    max_new_tokens ids. NaN logits end the run. Each process samples a share and returns all responses."""
     if WORLD > 1:
         # One joint forward pass gathers the weights on every process. load_model makes FSDP keep
         # them until `reshard`, so each process can run its own batches without the others.
@@ -288,10 +284,10 @@ def sample(model, prompts, eos_ids, max_new_tokens, temperature, batch_size, see
 # ---- 2. Log-probabilities: how likely is a response? --------------------------------------
 def response_logps(model, texts):
     """log pi(y|x) in nats, summed over y's tokens as in the official code. texts: B pairs (prompt
-    ids, response ids), neither part empty. Returns (B,), float32, with gradients.
-    [([5, 6], [7, 1]), ([5], [8])] becomes the ids [[5, 6, 7, 1], [5, 8, 0, 0]] and the mask
-    [[0, 0, 1, 1], [0, 1, 0, 0]]. Padding is on the right and attention is causal, so real tokens never
-    attend to padding, and no attention mask is needed."""
+    ids, response ids), neither part empty. Returns (B,), float32, with gradients. [([5, 6], [7,
+    1]), ([5], [8])] becomes the ids [[5, 6, 7, 1], [5, 8, 0, 0]] and the mask [[0, 0, 1, 1], [0,
+    1, 0, 0]]. Padding is on the right and attention is causal, so real tokens never attend to
+    padding, and no attention mask is needed."""
     ids = pad([prompt + response for prompt, response in texts], "right", model.device)  # (B, T)
     mask = pad([[0] * len(x) + [1] * len(y) for x, y in texts], "right", model.device)  # (B, T)
     first = min(len(prompt) for prompt, _ in texts)  # no response begins before this column
@@ -354,8 +350,8 @@ def sft_loss(model, demos, mean_length):
 def update(model, optimizer, batch, loss_of, args):
     """Make one optimizer step on the mean loss of a batch, a list of rows. loss_of(model, rows) ->
     losses (B,), {metric: (B,)}. Returns {name: float}: means over the batch, and grad_norm before
-    clipping. A loss of another shape, or not finite, ends the run before the step. Each process
-    takes a share, in micro-batches whose gradients add up to that of the whole batch."""
+    clipping. If loss or gradient are not finite, the run ends before the step. Each process takes
+    a share, in micro-batches whose gradients add up to that of the whole batch."""
     share, sums, lengths = batch[RANK::WORLD], {}, []
     for row in share:  # tokens in a forward pass: of one text, or of two, padded to the longer
         sides = [len(row[key]) for key in ("real_ids", "generated_ids") if key in row]
@@ -373,14 +369,14 @@ def update(model, optimizer, batch, loss_of, args):
             sums[name] = sums.get(name, 0.0) + counts * values.sum().item()
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            if WORLD > 1 and not hasattr(parameter, "full_tensor"):  # not sharded: a shift, LoRA
-                if parameter.grad is None:  # nothing went through it
+            if WORLD > 1 and not hasattr(parameter, "full_tensor"):  # not sharded: shift, LoRA
+                if parameter.grad is None:  # LoRA of an expert that this share did not use
                     parameter.grad = torch.zeros_like(parameter)
                 dist.all_reduce(parameter.grad)
                 parameter.grad /= WORLD
     shares = gather(sums)
     means = {name: sum(share[name] for share in shares) / len(batch) for name in sums}
-    weights = optimizer.param_groups[0]["params"]  # without the shift
+    weights = optimizer.param_groups[0]["params"]  # of the model; group 1 has a learned shift
     norm = torch.nn.utils.clip_grad_norm_(weights, args.clip)
     means["grad_norm"] = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
     if not math.isfinite(means["loss"] + means["grad_norm"]):  # this step would ruin the weights
@@ -393,7 +389,7 @@ def update(model, optimizer, batch, loss_of, args):
 def make_optimizer(model, lr, steps, args, learned=()):
     """AdamW or RMSprop without weight decay; a schedule of linear warmup and linear decay to 0."""
     groups = [{"params": [weight for weight in model.parameters() if weight.requires_grad]}]
-    if learned:  # the shift; Adam's own eps would blow up the rounding error of its first gradient
+    if learned:  # the shift; its first gradient is rounding error, which eps 1e-8 would blow up
         groups.append({"params": learned, "lr": args.shift_lr, "eps": 1e-4})
     optimizer_class = torch.optim.AdamW if args.optimizer == "adamw" else torch.optim.RMSprop
     optimizer = optimizer_class(groups, lr=lr, weight_decay=0)
@@ -401,9 +397,8 @@ def make_optimizer(model, lr, steps, args, learned=()):
 
 
 def train(model, rows, loss_of, epochs, folder, data, args, learned=()):
-    """Train on rows, and save in folder, such as OUT/round_1, the epoch that solves most dev
-    problems, or without dev the last. data: what read_data returns. learned: [shift], or () if it
-    is fixed."""
+    """Train on rows, and save in folder, such as OUT/round_1, the epoch that solves most dev problems, or
+    without dev the last. data: a Data tuple, from read_data. learned: [shift] if there is one to learn."""
     steps = epochs * math.ceil(len(rows) / args.batch)
     optimizer, schedule = make_optimizer(model, args.lr, steps, args, learned)
     phase, step, right, best, unprinted = folder.name.replace("_", " "), 0, 0.0, -1.0, []
@@ -418,9 +413,9 @@ def train(model, rows, loss_of, epochs, folder, data, args, learned=()):
             if step == 1 and max(abs(metrics.get(d, 0)) for d in ("d_real", "d_generated")) > 1:
                 die("policy and reference differ before the first step, but should be one model")
         if data.dev:
-            right, _ = accuracy(model, data.dev, 0, data, args)  # a share, by greedy responses
+            right, _ = accuracy(model, data.dev, temperature=0, data=data, args=args)  # a share
             print(f"  epoch {epoch}: {right:.1%} of dev right{', kept' if right > best else ''}")
-        if right > best if data.dev else epoch == epochs:
+        if (data.dev and right > best) or (not data.dev and epoch == epochs):
             best = right  # of equal epochs the first is kept, which had less time to overfit
             model.save_pretrained(folder.with_suffix(".partial"))
     finish(folder, data.tokenizer)  # renames FOLDER.partial to FOLDER
@@ -454,9 +449,9 @@ REWARD_LOSSES = {
 
 
 def reward_loss(model, pairs, loss, penalty):
-    """Loss of each pair times its weight, (B,), and metrics {name: (B,)}.
-    A pair may have real_before and generated_before, the rewards of the round before: what is fitted is
-    the change from these. Else a round would forget what the policy has learned, and undo it. Preferences
+    """Loss of each pair times its weight, (B,), and metrics {name: (B,)}. A pair may have
+    real_before and generated_before, the rewards of the round before: what is fitted is the change
+    from these. Else a round would forget what the policy has learned, and undo it. Preferences
     have none, as they are about the whole reward."""
     real = [(pair["prompt_ids"], pair["real_ids"]) for pair in pairs]
     generated = [(pair["prompt_ids"], pair["generated_ids"]) for pair in pairs]
@@ -514,8 +509,8 @@ CLIP_RATIO = 0.2  # PPO's epsilon
 
 
 def clipped_loss(logps, sampled_logps, advantage):
-    """-min(ratio A, clip(ratio, 0.8, 1.2) A), where ratio = pi(y)/pi_sampled(y) of a whole response;
-    (B,) each. At ratio 1 its gradient is that of -A log pi(y), which is REINFORCE."""
+    """-min(ratio A, clip(ratio, 0.8, 1.2) A), where ratio = pi(y)/pi_sampled(y) of a whole
+    response; (B,) each. At ratio 1 its gradient is that of -A log pi(y), which is REINFORCE."""
     ratio = (logps - sampled_logps).exp()
     return -torch.min(ratio * advantage, ratio.clamp(1 - CLIP_RATIO, 1 + CLIP_RATIO) * advantage)
 
@@ -620,7 +615,6 @@ def self_play(policy, demos, folder, data, args):
     file, seed = folder.with_suffix(".jsonl"), f"{args.seed} {folder.name.replace('_', ' ')}"
     if file.exists():  # the run was interrupted while it trained on them
         return [json.loads(line) for line in file.read_text().splitlines()]
-    print(f"  sampling {len(demos)} responses")
     prompts = [demo["prompt_ids"] for demo in demos]
     options = (data.eos_ids, data.max_new_tokens, args.temperature, args.sample_batch, seed)
     responses = sample(policy, prompts, *options)
@@ -638,10 +632,9 @@ def self_play(policy, demos, folder, data, args):
 
 
 def predict_habit(pairs, scale, data, args):
-    """Print the share of responses with the habit: the model's, the demonstrators', and at the
-    optimum pi_t (p/pi_t)^(1/scale) / Z. That moves the log-odds by 1/scale times the difference
-    between the two, if p/pi_t is one number for all responses with the habit, and one for all
-    without. scale None: the loss has no such optimum."""
+    """Print the share of responses with the habit: the model's, the demonstrators', and the predicted one.
+    Its log-odds are the model's + (the demonstrators' - the model's) / scale, if responses with the habit
+    differ from the others in nothing else. scale None: the loss has no such optimum."""
     own = habit_share([pair["generated_ids"] for pair in pairs], data, args)
     theirs = habit_share([pair["real_ids"] for pair in pairs], data, args)
     print(f"  {args.habit!r}, over all prompts: model {own:.1%}, demonstrators {theirs:.1%}", end="")
@@ -754,7 +747,7 @@ def main(args):
     if not table:
         if args.habit:  # what the models move towards
             table["demos"] = {"habit": habit_share([demo["real_ids"] for demo in data.demos], data, args)}
-        evaluate("base", policy, None, table, data, args)  # adds a row to table
+        evaluate("base", policy, None, table, data, args)  # adds a row, without seconds
     del policy  # every stage loads the model that it starts from
     stages = [f"round_{t}" for t in range(1, parts + 1)]
     stages += ["sft"] if parts and args.baseline == "sft" else []
@@ -786,7 +779,7 @@ ROLES = {"user": "user", "human": "user", "prompter": "user", "system": "system"
 ROLES |= dict.fromkeys(["assistant", "gpt", "bot", "model", "chatbot"], "assistant")
 EMPTY = (None, "", [], "[]")  # values of a column or key that is not filled
 # A row is none to imitate if "name\nvalue" of another column, or of a key of the response's turn,
-# matches one of these: more than text by its name, by its value, not marked as good, marked as bad.
+# matches one of these: more than a text by its name; by its value; "good: no"; "bad: yes".
 NOT_TO_IMITATE = r"""(?x)
     .*(image|picture|photo|pixel|video|audio|speech|tool|function|think|thought|reason|rationale)
     | .*\n(data:\w+/|b['"]|<pil|[\s\S]*'bytes':\ b|\S+\.(png|jpe?g|gif|web[pm]|mp[34]|mov|avi|wav|flac)\W*\Z)
@@ -805,7 +798,7 @@ def read_rows(path, split):
             text = Path(path).read_text("utf-8-sig").strip()
             lines = [line for line in text.split("\n") if line.strip()]  # a text may hold U+2028
             rows = json.loads(text if text.startswith("[") else "[" + ",\n".join(lines) + "]")
-        elif path.endswith(".csv"):  # not pandas, which would turn NA into a missing value and 007 into 7
+        elif path.endswith(".csv"):  # not pandas, which makes a missing value of NA, and 7 of 007
             csv.field_size_limit(2**31 - 1)  # characters in a cell; the default is 131,072
             with open(path, encoding="utf-8-sig", newline="") as file:
                 rows = list(csv.DictReader(file, strict=True))
@@ -939,14 +932,14 @@ def read_demos(path, split, encode_row):
 
 
 def load_tokenizer(path, prompt_template=None):
-    """A model's config, its tokenizer with the chat template that --prompt-template becomes, and the
-    ids that end a response: the EOS ids of tokenizer, config and generation config."""
+    """A model's config, its tokenizer with the chat template that --prompt-template becomes, and
+    the ids that end a response: the EOS ids of tokenizer, config and generation config."""
     config = load(transformers.AutoConfig, path, "config")
     tokenizer = load(transformers.AutoTokenizer, path, "tokenizer")
     sources = [tokenizer, config, config.get_text_config()]
     with suppress(OSError):
         sources.append(transformers.GenerationConfig.from_pretrained(path))
-    listed = [getattr(source, "eos_token_id", None) for source in sources]  # each an id, ids or None
+    listed = [getattr(source, "eos_token_id", None) for source in sources]  # id, ids or None
     eos_ids = {i for ids in listed for i in (ids if isinstance(ids, list) else [ids])} - {None}
     if prompt_template:  # becomes a chat template, so that it is saved with the model
         text = prompt_template.replace("\\n", "\n").replace("\\t", "\t")
@@ -960,21 +953,20 @@ def load_tokenizer(path, prompt_template=None):
 
 
 def read_data(args):
-    """The tokenizer, and the rows that it encodes."""
-    hf_logging.disable_progress_bar()
+    """What --model says of its tokens, and the encoded rows of --data, --dev and --heldout: Data."""
+    transformers.logging.disable_progress_bar()
     config, tokenizer, eos_ids = load_tokenizer(args.model, args.prompt_template)
     if getattr(config, "quantization_config", None):
         die(f"{args.model} has quantized weights, which cannot be trained: name its full weights")
     if tokenizer.eos_token_id is None or not tokenizer.chat_template:
-        lacks = "no EOS token" if tokenizer.chat_template else "no chat template; give a --prompt-template"
-        die(f"{args.model}: its tokenizer has {lacks}")
+        die(f"{args.model}: its tokenizer needs EOS, and a chat template or --prompt-template")
     config = config.get_text_config()
     windows = [getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len")]
     rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type") == "longrope":  # beyond this all positions change, the cached ones too
+    if rope.get("rope_type") == "longrope":  # beyond this all positions change, cached ones too
         windows.append(rope["original_max_position_embeddings"])
     window = min(filter(None, windows), default=math.inf)
-    max_new_tokens = args.max_new_tokens or min(256, window // 2)
+    max_new_tokens = args.max_new_tokens or min(512, window) // 2
     room = window - max_new_tokens  # for the prompt
     encode_row = partial(encode, tokenizer=tokenizer, eos_ids=eos_ids, room=room)
     paths = (args.data, args.dev, args.heldout)
@@ -985,14 +977,14 @@ def read_data(args):
     if cut := sum(len(row["real_ids"]) > max_new_tokens for row in rows):
         print(f"warning: {cut} responses of the data are cut at --max-new-tokens {max_new_tokens}")
     for row in rows:
-        row["real_ids"] = row["real_ids"][:max_new_tokens]  # without EOS, like a sample that is cut
+        row["real_ids"] = row["real_ids"][:max_new_tokens]  # without EOS, as a cut sample
     if not args.heldout:
         random.Random(args.seed).shuffle(demos)
         n = min(500, max(1, len(demos) // 10))
         demos, heldout = demos[n:], demos[:n]
         if not demos:
             die(f"{args.data} has one row, but one is held out: give more, or --heldout")
-        print(f"no --heldout: {n} demonstrations are held out; the table shows how they are imitated")
+        print(f"no --heldout: {n} demonstrations are held out; the table shows if they are imitated")
     if not all(row["answer"] for row in dev):
         die(f"{args.dev}: every response of a dev problem should end in '#### value'")
     if both := {row["prompt"] for row in demos} & {row["prompt"] for row in dev + heldout}:
@@ -1054,14 +1046,14 @@ def habit_share(responses, data, args):
     return fmean(re.search(args.habit, decode(ids, data)) is not None for ids in responses)
 
 
-# dev, greedy, sampled: shares of right answers. nll: nats per token of the data's responses. habit,
-# length (in tokens), ended (with EOS): of sampled responses. All but dev: on held-out problems.
+# dev, greedy, sampled: shares of right answers. nll: nats per token of good responses. habit, length
+# (in tokens), ended (with EOS): of sampled responses. All but dev: on held-out problems.
 TABLE = {"dev": ".1%", "greedy": ".1%", "sampled": ".1%", "habit": ".1%", "nll": ".4f"}
 TABLE |= {"length": ".1f", "ended": ".0%", "seconds": ".0f"}
 
 
 def evaluate(name, policy, seconds, table, data, args):
-    """Add a row to the table, and save the table."""
+    """Add a row to the table, save the table, and print an answer to the first held-out prompt."""
     row = {"dev": accuracy(policy, data.dev, 0, data, args)[0] if data.dev else None, "seconds": seconds}
     row["greedy"], greedy = accuracy(policy, data.heldout, 0, data, args)
     row["sampled"], sampled = accuracy(policy, data.heldout, 1, data, args)
@@ -1100,14 +1092,14 @@ def load(auto_class, path, what, **options):
         models = [str(file.parent) for file in Path(path).glob("*/**/config.json")]
         if models and not Path(path, "config.json").exists():
             die(f"{path} is not a model's folder, but it has {', '.join(models[:3])}")
-        where = "from there" if Path(path).exists() else "from the Hub, and there is no such folder"
+        where = "from there" if Path(path).exists() else "from the Hub; there is no such folder"
         reason = " ".join(str(error.__cause__ or error).split())
         die(f"{path}: no {what} can be loaded {where}: {reason:.400}")
 
 
 def load_model(path, args, of_reward=False):
-    """A model with fp32 weights, in evaluation mode: dropout would spoil the log-ratios."""
-    if args.device != "cpu":  # sharded or recomputed layers refer to themselves, so `del` frees nothing
+    """A model with fp32 weights, in evaluation mode: dropout would blur the log-ratios."""
+    if args.device != "cpu":  # sharded or recomputed layers refer to themselves: `del` frees nothing
         gc.collect()
     options = {"dtype": torch.float32, "ignore_mismatched_sizes": True, "output_loading_info": True}
     # FSDP2: each process has a part of every weight
@@ -1144,7 +1136,7 @@ def try_model(model, demos):
         alone = [model(input_ids=to_batch([text], "right")).logits[0].log_softmax(-1) for text in texts]
         padded = model(input_ids=to_batch(texts, "right"), use_cache=False).logits.log_softmax(-1)
         gaps = [row[: len(logps)] - logps for row, logps in zip(padded, alone)]
-        for left in (2, 1, 0):  # tokens to come: the prompts, then two steps, with the rows exchanged
+        for left in (2, 1, 0):  # tokens to come: first both prompts, then a token each, rows exchanged
             so_far = [text[: len(text) - left] for text in texts]
             mask = to_batch([[1] * len(row) for row in so_far], "left")
             new = to_batch(so_far if cache is None else [row[-1:] for row in so_far], "left")
@@ -1162,7 +1154,7 @@ def try_model(model, demos):
 
 def load_reward(path, data, args):
     """A reward model, which is a classifier with one label, and its tokenizer with the policy's template."""
-    hf_logging.set_verbosity_error()  # transformers would warn of a new head
+    transformers.logging.set_verbosity_error()  # transformers would warn of a new head
     config = load(transformers.AutoConfig, path, "config")
     if getattr(config, "quantization_config", None):
         die(f"{path} has quantized weights, which cannot be trained: name its full weights")
@@ -1207,14 +1199,15 @@ def take_folder(args, default):
     args = argparse.Namespace(**vars(args) | {"out": gather(args.out or f"{default}-{n}")[0]})
     if RANK == 0 and not args.resume:
         Path(args.out).mkdir(parents=True, exist_ok=True)
-        Path(args.out, "args.json").touch(exist_ok=False)  # of two runs at a time one fails here
+        Path(args.out, "args.json").touch(exist_ok=False)  # of two runs at once one fails
     TAKEN.append(args.out)
     write(Path(args.out) / "args.json", json.dumps(vars(args), indent=2))
     return args
 
 
 def log_step(phase, step, steps, metrics, unprinted, args):
-    """Write all metrics to metrics.jsonl; print the main ones, as means over an eighth of the steps."""
+    """Write all metrics to metrics.jsonl; print means of the main ones at step 1 and each eighth.
+    unprinted: the metrics since the last printed line, which are added to and emptied here."""
     if RANK == 0:
         with open(Path(args.out) / "metrics.jsonl", "a") as file:
             file.write(json.dumps({"phase": phase, "step": step, **metrics}) + "\n")
@@ -1233,9 +1226,5 @@ if __name__ == "__main__":
         main(parse_args())
     except (KeyboardInterrupt, OSError, SafetensorError, torch.OutOfMemoryError) as error:
         die((str(error) or "stopped") + "".join(f"; to continue: --resume {out}" for out in TAKEN))
-    except Exception:  # a fault of the code, not of a user
-        if WORLD == 1:
-            raise
-        die(traceback.format_exc())  # once, though the other processes fail with the first
     if WORLD > 1:
         dist.destroy_process_group()

@@ -71,11 +71,11 @@ def unusable_models(folder):
     yield "no causal language model can be loaded"  # a pickle with more than tensors can run code
     tiny_model().save_pretrained(folder)
     (folder / "chat_template.jinja").unlink()
-    yield "its tokenizer has no chat template; give a --prompt-template"
+    yield "its tokenizer needs EOS, and a chat template or --prompt-template"
     tokenizer = byte_tokenizer()
     tokenizer.eos_token = None
     tokenizer.save_pretrained(folder)
-    yield "its tokenizer has no EOS token"
+    yield "its tokenizer needs EOS"
     (folder / "tokenizer.json").unlink()
     yield "no tokenizer can be loaded"
     (folder / "config.json").write_text('{"model_type": "own", "auto_map": {"AutoConfig": "code.C"}}')
