@@ -301,7 +301,8 @@ def response_logps(model, texts):
 
 @torch.no_grad()
 def score(model, texts, max_tokens, measure=response_logps):
-    """measure(model, texts) for any number of texts, as floats. Every process takes a share."""
+    """measure(model, texts), log-probs or irft.py's rewards, of any number of texts, as floats. Every
+    process takes a share."""
     if WORLD > 1:
         measure(model, texts[:1])  # gathers the weights, as in sample
     values = [0.0] * len(texts)
