@@ -144,7 +144,7 @@ def parse_args(argv=None):
         saved = json.loads(file.read_text() or "{}") if file.exists() else {}  # empty: killed as it began
         saved |= {"resume": args.resume, "out": args.resume}
         if saved.keys() != vars(args).keys():
-            parser.error(f"--resume {args.resume}: not a run of this version of this script")
+            parser.error(f"--resume {args.resume}: no run of this version of {parser.prog} is there")
         parser.set_defaults(**saved)
         args = parser.parse_args(argv)  # now with the saved values where a flag is not given
         for name, value in vars(args).items():
@@ -774,8 +774,8 @@ def main(args):
 # ---- 8. Data: rows of any usual format -> token ids ---------------------------------------
 # Columns of prompt and response; the first pair whose columns a row has filled is used. Without a
 # prompt column the other one holds a conversation, and its last assistant turn is the response.
-COLUMNS = "prompt+chosen chosen prompt+response prompt+completion question+answer"
-COLUMNS += " instruction+output real messages conversations"
+COLUMNS = "prompt+chosen, chosen, prompt+response, prompt+completion, question+answer, "
+COLUMNS += "instruction+output, real, messages, conversations"
 ROLES = {"user": "user", "human": "user", "prompter": "user", "system": "system"}
 ROLES |= dict.fromkeys(["assistant", "gpt", "bot", "model", "chatbot"], "assistant")
 EMPTY = (None, "", [], "[]")  # values of a column or key that is not filled
@@ -823,7 +823,7 @@ def to_messages(row):
     Raises UserWarning if a row is none to imitate, ValueError if it is broken, with the reason."""
     rest = {name: row[name] for name in row if row[name] not in EMPTY} if isinstance(row, dict) else {}
     columns = {*rest}
-    found = [names for names in COLUMNS.split() if {*names.split("+")} <= columns]
+    found = [names for names in COLUMNS.split(", ") if {*names.split("+")} <= columns]
     if not found or None in columns:  # a CSV has None for cells without a column
         raise ValueError(f"the row has {[*rest] or row}; accepted, in lower case, are {COLUMNS}")
     before, _, after = found[0].rpartition("+")
@@ -895,7 +895,7 @@ def encode(row, tokenizer, eos_ids, room=math.inf):
     if tokenizer.bos_token_id == ids[0] and any(tokenizer.bos_token in content for content in asked):
         raise ValueError(f"{tokenizer.bos_token} is in the prompt, but the template adds it, too")
     if tokenizer.unk_token_id in {*ids} - eos_ids:
-        raise ValueError("the tokenizer does not know some of its words")
+        raise ValueError("the tokenizer (without --model the toy's) does not know some of its words")
     if len(prompt_ids) > room:
         raise UserWarning(f"the prompt has {len(prompt_ids)} tokens, but there is room for {room}")
     changed = tokenizer.decode(ids, clean_up_tokenization_spaces=False).strip() != text.strip()
@@ -990,8 +990,11 @@ def read_data(args):
         die(f"{args.dev}: every response of a dev problem should end in '#### value'")
     if both := {row["prompt"] for row in demos} & {row["prompt"] for row in dev + heldout}:
         print(f"warning: {len(both)} dev or held-out prompts are also trained on")
-    counts = f"{len(demos)} demonstrations, {len(dev)} dev and {len(heldout)} held-out problems"
-    print(f"data    {counts}, up to {max_new_tokens} tokens a response")
+    print(f"data    {len(demos)} demonstrations, up to {max_new_tokens} tokens a response")
+    error = 98 / math.sqrt(len(heldout))  # 1.96 standard errors of a share of 50%, in per cent
+    print(
+        f"        {len(dev)} dev and {len(heldout)} held-out problems, so the table's shares are ± {error:.0f}%"
+    )
     return Data(tokenizer, eos_ids, max_new_tokens, room, demos, dev, heldout)
 
 
@@ -1072,10 +1075,10 @@ def evaluate(name, policy, seconds, table, data, args):
 def print_table(table, out):
     """Print the table, and how to load the round that is best on dev, or without dev the last."""
     columns = [name for name in TABLE if any(row.get(name) is not None for row in table.values())]
-    print("\nheld-out   " + "".join(f"{name:>9}" for name in columns))
+    print("\nheld-out    " + "".join(f"{name:>9}" for name in columns))
     for name, row in table.items():
         cells = ["-" if row.get(key) is None else format(row[key], TABLE[key]) for key in columns]
-        print(f"{name:11}" + "".join(f"{cell:>9}" for cell in cells))
+        print(f"{name:12}" + "".join(f"{cell:>9}" for cell in cells))
     if {*table} - {"demos", "base"}:
         rounds = [name for name in table if name.startswith("round")] or ["sft"]
         best = max(reversed(rounds), key=lambda name: table[name]["dev"] or 0)

@@ -16,7 +16,7 @@ PAGES = ("README.md", "tests/studies/RESULTS.md")
 README, RESULTS = [(ROOT / page).read_text(encoding="utf-8") for page in PAGES]
 
 
-def test_commands_parse():
+def test_commands_parse(tmp_path, monkeypatch):
     """A command that takes hours or needs a GPU would keep flags that have left its script."""
     text = (README + RESULTS).replace("\\\n", " ")
     found = re.findall(r"(?:python|torchrun .*) (?:tests/\w+/)?(\w+)\.py\b([^`#\n]*)", text)
@@ -24,6 +24,7 @@ def test_commands_parse():
     assert {script for script, _ in found} == scripts and len(found) >= 35
     examples = {"LOSS": "hinge", "SCALE": "1", "LR": "1", "T": "4", "NAME": "main", "...": "--seed=0"}
     examples["DIR"] = str(ROOT / "tests/parity/rows/gsm8k")
+    monkeypatch.chdir(tmp_path)  # a person who followed README has runs/mine already
     for script, flags in found:
         words = [examples.get(word, word) for word in shlex.split(flags)]
         if "--resume" not in words:
