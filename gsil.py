@@ -764,9 +764,7 @@ def read_data(args):
         print(f"warning: {len(both)} dev or held-out prompts are also trained on")
     print(f"data    {len(demos)} demonstrations, up to {max_new_tokens} tokens a response")
     error = 98 / math.sqrt(len(heldout))  # 1.96 standard errors of a share of 50%, in per cent
-    print(
-        f"        {len(dev)} dev and {len(heldout)} held-out problems, so the table's shares are ± {error:.0f}%"
-    )
+    print(f"        {len(dev)} dev and {len(heldout)} held-out problems: shares of these are ± {error:.0f}%")
     return Data(tokenizer, eos_ids, max_new_tokens, room, demos, dev, heldout)
 
 
