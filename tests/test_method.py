@@ -136,12 +136,7 @@ def test_the_log_and_the_factor_that_samples_best_on_dev(small, tmp_path, capsys
 
 
 SHARES = [  # flags; responses of the model and of the demonstrators, a letter each; what is said of the habit y
-    (
-        "",
-        "nnnnnnnyyy",
-        "nnnyyyyyyy",
-        "model 30.0%, demonstrators 70.0%; predicted 99.2% if .* differ in nothing else",
-    ),
+    ("", "nnnnnnnyyy", "nnnyyyyyyy", "model 30.0%, demonstrators 70.0%; predicted 99.2% if .* nothing else"),
     *((flags, "nny", "nyy", "no prediction") for flags in ("--loss hinge", "--temperature 0.7", "--shift 2")),
     *(("", own, theirs, "no prediction") for own, theirs in (("nn", "ny"), ("ny", "yy"))),  # 0 % and 100 %
 ]
