@@ -52,7 +52,7 @@ from tqdm import tqdm
 from transformers.utils.peft_utils import find_adapter_config_file
 
 TOY = Path(__file__).parent / "tests" / "toy"
-RESUMABLE = ("--device", "--micro-batch", "--baseline", "--rounds")  # these change nothing finished
+RESUMABLE = ("--device", "--micro-batch", "--baseline", "--rounds")  # flags that --resume may change
 PRINTED = ("loss", "d_real", "d_generated", "told_apart", "shift")  # metrics.jsonl has all metrics
 RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))  # from torchrun
 bar, say = partial(tqdm, leave=False, disable=RANK > 0), tqdm.write  # say: print above the bar
@@ -182,7 +182,7 @@ def reshard(model):
 
 
 def die(sentence):
-    """Report a user's mistake in one sentence, and exit with code 2. Under torchrun, whose store counts
+    """Say in one sentence why the run ends, and exit with code 2. Under torchrun, whose store counts
     failures from the start, only the first process to fail reports: the others fail with it."""
     store = WORLD > 1 and dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
     if not store or store.add("failures", 1) == 1:
@@ -359,7 +359,7 @@ def update(model, optimizer, batch, loss_of, args):
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             if WORLD > 1 and not hasattr(parameter, "full_tensor"):  # not sharded: shift, LoRA
-                if parameter.grad is None:  # LoRA of an expert that this share did not use
+                if parameter.grad is None:  # a LoRA expert that this share did not use
                     parameter.grad = torch.zeros_like(parameter)
                 dist.all_reduce(parameter.grad)
                 parameter.grad /= WORLD
@@ -438,7 +438,7 @@ def self_play(policy, demos, folder, data, args):
 def predict_habit(pairs, scale, data, args):
     """Print the share of responses with the habit: the model's, the demonstrators', and the predicted one.
     Its log-odds are the model's + (the demonstrators' - the model's) / scale, if responses with the habit
-    differ from the others in nothing else. scale None: the loss has no such optimum."""
+    differ from the others in nothing else. scale None: the loss or a given shift has no such optimum."""
     own = habit_share([pair["generated_ids"] for pair in pairs], data, args)
     theirs = habit_share([pair["real_ids"] for pair in pairs], data, args)
     print(f"  {args.habit!r}, over all prompts: model {own:.1%}, demonstrators {theirs:.1%}", end="")
@@ -474,7 +474,7 @@ def train_sft(folder, data, args):
 
 
 def extrapolate(folder, data, args):
-    """A control that needs no samples: start + factor * (sft - start), weight by weight."""
+    """A control that trains on no samples: start + factor * (sft - start); --dev chooses the factor."""
     start, best = load_model(args.model, args), -1.0
     for factor in (1, 1.5, 2, 2.5, 3, 4) if data.dev else (2,):
         model = load_model(folder.with_name("sft"), args)
@@ -506,7 +506,7 @@ def main(args):
     policy = load_model(args.model, args)
     try_model(policy, data.demos)  # refuses a model whose padding or cache change what it predicts
     print(f"model   {args.model}: {policy.num_parameters():,} parameters, {WORLD} x {policy.device}")
-    args = take_folder(args, f"runs/gsil-{args.loss}")  # sets args.out
+    args = take_folder(args, f"runs/gsil-{args.loss}")  # a copy, with args.out set
     shift = "learned" if args.shift is None else args.shift
     settings = "" if args.loss == "sft" else f", scale {args.scale}, shift {shift}"
     print(f"method  {args.loss}{settings}, results in {args.out}")
@@ -519,7 +519,7 @@ def main(args):
     if not table:
         if args.habit:  # what the models move towards
             table["demos"] = {"habit": habit_share([demo["real_ids"] for demo in data.demos], data, args)}
-        evaluate("base", policy, None, table, data, args)  # adds a row, without seconds
+        evaluate("base", policy, None, table, data, args)  # adds a row, saves table
     del policy  # every stage loads the model that it starts from
     stages = [f"round_{t}" for t in range(1, args.rounds + 1)] if args.loss != "sft" else []
     if args.rounds and (args.loss == "sft" or args.baseline != "none"):
@@ -566,11 +566,12 @@ Data = namedtuple("Data", "tokenizer eos_ids max_new_tokens room demos dev heldo
 def read_rows(path, split):
     """Yield (place, row) for every row of a file or a dataset: ("x.jsonl row 1", {column: value}).
     A dataset is a Hub name or a folder; NAME:CONFIGURATION if it has several configurations."""
+    n = 0
     try:
         if path.endswith((".jsonl", ".json")):
             text = Path(path).read_text("utf-8-sig").strip()
             lines = [line for line in text.split("\n") if line.strip()]  # a text may hold U+2028
-            rows = json.loads(text if text.startswith("[") else "[" + ",\n".join(lines) + "]")
+            rows = json.loads(text) if text.startswith("[") else map(json.loads, lines)
         elif path.endswith(".csv"):  # not pandas, which makes a missing value of NA, and 7 of 007
             csv.field_size_limit(2**31 - 1)  # characters in a cell; the default is 131,072
             with open(path, encoding="utf-8-sig", newline="") as file:
@@ -587,7 +588,8 @@ def read_rows(path, split):
         for n, row in enumerate(rows, 1):
             yield f"{path} row {n}", row
     except Exception as error:  # noqa: BLE001 (these libraries raise anything)
-        die(f"{path}: {' '.join(str(error.__cause__ or error).split())}")
+        after = f" after row {n}" if n else ""
+        die(f"{path}{after}: {' '.join(str(error.__cause__ or error).split())}")
 
 
 def to_turns(turns, role):
@@ -719,9 +721,10 @@ def load_tokenizer(path, prompt_template=None):
         if tokenizer.bos_token and tokenizer("a").input_ids[0] == tokenizer.bos_token_id:
             text = tokenizer.bos_token + text.removeprefix(tokenizer.bos_token)
         text = json.dumps(text, ensure_ascii=False).replace("{prompt}", '" ~ messages[0].content ~ "')
-        # All but one question and its answer become an empty text, which `encode` refuses.
-        prompt = "{% if messages[0].role == 'user' and not messages[2:] %}{{ " + text + " }}"
-        tokenizer.chat_template = prompt + "{{ messages[1].content if messages[1:] }}{% endif %}"
+        one = "{% if messages[0].role == 'user' and not messages[2:] %}{{ " + text + " }}"
+        refuse = "{{ raise_exception('--prompt-template has room for one question and its answer') }}"
+        one += "{{ messages[1].content if messages[1:] }}{% else %}" + refuse + "{% endif %}"
+        tokenizer.chat_template = one
     return config, tokenizer, eos_ids
 
 
@@ -764,7 +767,7 @@ def read_data(args):
         print(f"warning: {len(both)} dev or held-out prompts are also trained on")
     print(f"data    {len(demos)} demonstrations, up to {max_new_tokens} tokens a response")
     error = 98 / math.sqrt(len(heldout))  # 1.96 standard errors of a share of 50%, in per cent
-    print(f"        {len(dev)} dev and {len(heldout)} held-out problems: shares of these are ± {error:.0f}%")
+    print(f"        {len(dev)} dev and {len(heldout)} held-out problems: held-out shares are ± {error:.0f}%")
     return Data(tokenizer, eos_ids, max_new_tokens, room, demos, dev, heldout)
 
 

@@ -154,7 +154,7 @@ def test_unusable_rows_are_left_out_and_counted(tmp_path, tokenizer, capsys):
 FILES = [  # name, content, a regex for what the sentence says
     ("x.jsonl", None, "x.jsonl: .*[Nn]o such file"),
     ("empty.jsonl", b"\n", "empty.jsonl: no rows"),
-    ("typo.jsonl", b'{"prompt": "a", "response": "b"}\n{"prompt"\n', "typo.jsonl: .*line 2"),
+    ("typo.jsonl", b'{"prompt": "a", "response": "b"}\n{"prompt"\n', "typo.jsonl after row 1: "),
     ("latin.jsonl", b'{"prompt": "\xff"}', "latin.jsonl.*: 'utf-8'"),
     ("open.csv", b'prompt,response\na,"b', "open.csv.*: unexpected end"),
     ("wide.csv", b"prompt,response\na,b,c\n", "wide.csv row 1: "),
