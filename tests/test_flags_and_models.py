@@ -1,8 +1,11 @@
 """The edges of gsil.py: flags and models. A person's mistake is one sentence, before any work."""
 
+import io
 import json
 import math
 import os
+import runpy
+import sys
 
 import pytest
 import torch
@@ -132,3 +135,16 @@ def test_a_warmup_without_an_end_is_refused(inputs, tmp_path, capsys):
     for flags, script in (("--batch 6", gsil), ("--reward-steps 1 --policy-steps 9", irft)):
         said = refusal(capsys, f"{inputs} {flags} --epochs 1 --warmup 1 --out {tmp_path}/out", script)
         assert said.startswith("error: --warmup 1: ") and not (tmp_path / "out").exists()
+
+
+def test_a_terminal_without_the_letter(inputs, tmp_path, monkeypatch):
+    """A UnicodeEncodeError would end the run at the first é of a sample."""
+    data = write_jsonl(tmp_path / "é.jsonl", [{"question": "café ?", "answer": "#### 1"}] * 3)
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    flags = f"{inputs} --data {data} --heldout {data} --rounds 0 --out {tmp_path}/é"
+    monkeypatch.setattr(sys, "argv", ["gsil.py", *flags.split()])
+    runpy.run_path(gsil.__file__, run_name="__main__")
+    terminal.flush()
+    printed = terminal.buffer.getvalue().decode("ascii")
+    assert "caf\\xe9 ?" in printed and f"results in {tmp_path}/\\xe9" in printed
