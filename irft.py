@@ -69,7 +69,7 @@ if not sys.stderr.isatty():  # a log gets no bar but a line a minute
     line = "  {desc}: {n_fmt} of {total_fmt}, {remaining} left\n"
     bar = partial(tqdm, disable=RANK > 0, delay=60, mininterval=60, maxinterval=60, bar_format=line)
     say = print
-TAKEN = []  # [folder], once take_folder has made it; the last lines name it
+TAKEN = []  # [folder] once this run has one: how to continue, said when it stops, names it
 # bf16 matrix products over fp32 weights on CUDA, plain fp32 elsewhere
 autocast = partial(torch.autocast, "cuda", torch.bfloat16, enabled=torch.cuda.is_available())
 
@@ -88,7 +88,7 @@ def parse_args(argv=None):
     flag("--data", default=f"{TOY}/demos.jsonl", help=".jsonl, .json, .csv, .parquet, Hub dataset")
     flag("--split", default="train", help="split of a Hub dataset (default: train)")
     flag("--dev", help="problems that choose the best epoch; their responses end in '#### value'")
-    flag("--heldout", help="good responses for the final table; without it a tenth of --data")
+    flag("--heldout", help="good responses for the table; without it a tenth of --data, at most 500")
     flag("--habit", metavar="REGEX", help="predict and measure how many responses contain this")
     flag("--prompt-template", help="text with {prompt} in it, for models without a chat template")
     flag("--max-new-tokens", type=int, help="longest response; without it 256, or half the window")
@@ -198,7 +198,8 @@ def pad(rows, side, device):
 
 
 def gather(value=None):
-    """[the value of each process], in every process. Each waits here until all have come."""
+    """[the value of each process], in every process. Each waits until all have come. Under torchrun
+    transformers sets up torch.distributed, as load_model asks for shards."""
     values = [value] * WORLD
     if WORLD > 1:
         dist.all_gather_object(values, value)
@@ -301,8 +302,8 @@ def response_logps(model, texts):
 
 @torch.no_grad()
 def score(model, texts, max_tokens, measure=response_logps):
-    """measure(model, texts), log-probs or irft.py's rewards, of any number of texts, as floats. Every
-    process takes a share."""
+    """measure(model, texts), as floats, of any number of texts. measure: response_logps, or in irft.py
+    the reward. Every process takes a share."""
     if WORLD > 1:
         measure(model, texts[:1])  # gathers the weights, as in sample
     values = [0.0] * len(texts)
@@ -370,7 +371,7 @@ def update(model, optimizer, batch, loss_of, args):
             sums[name] = sums.get(name, 0.0) + counts * values.sum().item()
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            if WORLD > 1 and not hasattr(parameter, "full_tensor"):  # not sharded: shift, LoRA
+            if WORLD > 1 and not hasattr(parameter, "full_tensor"):  # the shift, irft.py's LoRA
                 if parameter.grad is None:  # a LoRA expert that this share did not use
                     parameter.grad = torch.zeros_like(parameter)
                 dist.all_reduce(parameter.grad)
@@ -612,7 +613,7 @@ def self_play(policy, demos, folder, data, args):
     """A round's pairs: every demonstration with a response of the policy, and log pi_t of both in
     nats, such as {"prompt": "2 + 2", "response": "4", "generated": "5<eos>", "prompt_ids": [7, 3,
     7], "real_ids": [9, 1], "generated_ids": [8, 1], "real_reference": -2.5, "generated_reference":
-    -1.5, "answer": None}. FOLDER.jsonl keeps them."""
+    -1.5, "answer": None}, where no '####' tells the answer. FOLDER.jsonl keeps them."""
     file, seed = folder.with_suffix(".jsonl"), f"{args.seed} {folder.name.replace('_', ' ')}"
     if file.exists():  # the run was interrupted while it trained on them
         return [json.loads(line) for line in file.read_text().splitlines()]
@@ -1052,7 +1053,8 @@ def habit_share(responses, data, args):
 
 
 # dev, greedy, sampled: shares of right answers. nll: nats per token of good responses. habit, length
-# (in tokens), ended (with EOS): of sampled responses. All but dev: on held-out problems.
+# (in tokens), ended (with EOS): of sampled responses. All but dev: on held-out problems. seconds: of
+# training. The row demos has the habit of --data alone.
 TABLE = {"dev": ".1%", "greedy": ".1%", "sampled": ".1%", "habit": ".1%", "nll": ".4f"}
 TABLE |= {"length": ".1f", "ended": ".0%", "seconds": ".0f"}
 
@@ -1074,7 +1076,7 @@ def evaluate(name, policy, seconds, table, data, args):
 
 
 def print_table(table, out):
-    """Print the table, and how to load the round that is best on dev, or without dev the last."""
+    """Print the table, and how to load the round that is best on dev (of equals, or without, the last)."""
     columns = [name for name in TABLE if any(row.get(name) is not None for row in table.values())]
     print("\nheld-out    " + "".join(f"{name:>9}" for name in columns))
     for name, row in table.items():
@@ -1198,20 +1200,23 @@ def finish(folder, tokenizer):
 
 def take_folder(args, default):
     """The flags with --out, which from now on is this run's; by default the first free `default`-N."""
-    n = 1
-    while Path(f"{default}-{n}").exists():
+    out, n = args.out, 1
+    while RANK == 0 and not out:
+        with suppress(FileExistsError):  # of two runs at once, one makes the folder
+            Path(f"{default}-{n}").mkdir(parents=True)
+            out = f"{default}-{n}"
         n += 1
-    args = argparse.Namespace(**vars(args) | {"out": gather(args.out or f"{default}-{n}")[0]})
+    args = argparse.Namespace(**vars(args) | {"out": gather(out)[0]})
     if RANK == 0 and not args.resume:
         Path(args.out).mkdir(parents=True, exist_ok=True)
-        Path(args.out, "args.json").touch(exist_ok=False)  # of two runs at once one fails
+        Path(args.out, "args.json").touch(exist_ok=False)  # the same --out for two runs: one fails
     TAKEN.append(args.out)
     write(Path(args.out) / "args.json", json.dumps(vars(args), indent=2))
     return args
 
 
 def log_step(phase, step, steps, metrics, unprinted, args):
-    """Write all metrics to metrics.jsonl; print means of the main ones at step 1 and each eighth.
+    """Write all metrics to metrics.jsonl; print means of the main ones at step 1, each eighth and the last.
     unprinted: the metrics since the last printed line, which are added to and emptied here."""
     if RANK == 0:
         with open(Path(args.out) / "metrics.jsonl", "a") as file:

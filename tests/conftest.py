@@ -14,7 +14,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-# Tests compare digits and bytes, which a GPU changes from run to run.
+# Tests compare digits and bytes, which a GPU changes from run to run. One test has it in a process of its own.
+GPU = torch.cuda.is_available()
 torch.cuda.is_available = torch.backends.mps.is_available = lambda: False
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # for the processes that tests start
 # Tiny models gain nothing by more threads, and a process that a test forks would wait for them.

@@ -200,7 +200,8 @@ def test_prompts_and_responses_share_the_window(flags, kind, config, expected, t
     """Positions beyond the window or ids beyond the embeddings would crash a GPU after hours."""
     byte_tokenizer().save_pretrained(tmp_path)
     AutoConfig.for_model(kind, **{"vocab_size": 300, "eos_token_id": EOS} | config).save_pretrained(tmp_path)
-    path = write_jsonl(tmp_path / "x.jsonl", [{"prompt": "a", "response": "Q" * 399}])
+    long = {"prompt": "a" * 999, "response": "b"}  # is left out, and shortens the responses of no other row
+    path = write_jsonl(tmp_path / "x.jsonl", [{"prompt": "a", "response": "Q" * 399}, long])
     flags += f" --model {tmp_path} --data {path} --heldout {path}"
     if isinstance(expected, int):
         assert len(gsil.read_data(gsil.parse_args(flags.split())).demos[0]["real_ids"]) == expected

@@ -1,8 +1,11 @@
 """eval.py: flags and rows that cannot be used. How files are read: test_data.py, as gsil.py does that."""
 
 import json
+import subprocess
+import sys
 
 import pytest
+from conftest import ROOT
 from helpers import ARC_ROW, GSM_ROW, evaluate, refused, write_jsonl
 
 SWAG_ROW = {"activity_label": "Tea", "ctx_a": "A man", "ctx_b": "", "endings": ["a", "[step]"], "label": "0"}
@@ -74,6 +77,16 @@ BAD_FLAGS = [  # flags, what the sentence says
 def test_bad_flags(flags, says, capsys):
     """A wrong flag would be guessed at, or show when hours of work are done."""
     refused(capsys, flags, "error: ", says)
+
+
+def test_as_a_command(tmp_path):
+    """A mistake would end in a traceback, or --help would wait for libraries that it does not need."""
+    command = [sys.executable, f"{ROOT}/eval.py", "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and f"error: {tmp_path}: File exists" in done.stderr
+    lines = ["import sys, eval", "eval.parse_args([])", "print({'datasets', 'scipy'} & {*sys.modules})"]
+    command = [sys.executable, "-c", "; ".join(lines)]
+    assert subprocess.check_output(command, cwd=ROOT, text=True) == "set()\n"
 
 
 @pytest.mark.parametrize("name", ["out", "answers"])

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import re
 import signal
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -123,9 +124,15 @@ def test_two_runs_never_share_a_folder(inputs, undisturbed, tmp_path, monkeypatc
     gsil.main(first)
     with pytest.raises(OSError, match="mine/args.json"):
         gsil.main(second)
+    before = (undisturbed / "args.json").read_text()
     for out in (undisturbed, f"{undisturbed}/args.json", f"{undisturbed}/args.json/out"):
         code, said = as_script(f"{inputs} --out {out}", monkeypatch, capsys)
         assert code == 2 and re.match(f"error: .*{undisturbed}", said) and "to continue" not in said
+    assert (undisturbed / "args.json").read_text() == before
+    take = partial(gsil.take_folder, default="runs/many")  # 60 runs in the same instant
+    with multiprocessing.get_context("fork").Pool(4) as pool:
+        taken = pool.map(take, [gsil.parse_args([*flags, "9"])] * 60, chunksize=1)
+    assert len({args.out for args in taken}) == 60
 
 
 def interrupt(*_):

@@ -245,14 +245,17 @@ MISTAKES = {
     "--reward-loss linear --reward-penalty 0": "falls forever",
     "--method irft --kl 0.5": "--kl has no use in --method irft",
     "--method irft --chunks 7": "only 5 demonstrations",
-    f"--reward-model {irft.TOY}/base": "its tokenizer differs",
+    "--reward-model exchanged": "its tokenizer differs",
     "--kl 0.3": "--kl 0.3: the run to resume has 0.5",
 }
 
 
 @pytest.mark.parametrize("flags", MISTAKES)
-def test_a_mistake_costs_no_samples(flags, inputs, two_rounds, tmp_path, capsys):
+def test_a_mistake_costs_no_samples(flags, inputs, folder, two_rounds, tmp_path, monkeypatch, capsys):
     """A round would be sampled and lost, or a folder be left in the way of the next try."""
+    monkeypatch.chdir(tmp_path)
+    file = Path(shutil.copytree(folder, "exchanged"), "tokenizer.json")  # in which y and z change places
+    file.write_text(file.read_text().replace('"y"', '"new"').replace('"z"', '"y"').replace('"new"', '"z"'))
     start = f"--resume {two_rounds}" if flags == "--kl 0.3" else f"{inputs} --out {tmp_path}/out"
     assert MISTAKES[flags] in refusal(capsys, f"{start} {flags}", irft)
     assert not (tmp_path / "out").exists()

@@ -2,10 +2,14 @@
 
 import json
 import math
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
+from conftest import GPU
 from helpers import demos_of, logged, naive_logp, read_jsonl, run, table, write_jsonl
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -133,6 +137,20 @@ def test_the_log_and_the_factor_that_samples_best_on_dev(small, tmp_path, capsys
     best = max(shares, key=shares.get)  # the first of equals
     check_extrapolated(tmp_path / "out", gsil.TOY / "base", best)
     assert abs(shares[1] / 100 - rows["sft"]["dev"]) > 0.01  # which is greedy
+
+
+@pytest.mark.skipif(not GPU, reason="needs a CUDA device")
+def test_cuda_agrees_with_the_cpu(small, tmp_path):
+    """bf16 autocast or CUDA's kernels would not only round differently, but compute something else."""
+    environment = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
+    nlls = {}
+    for device in ("cpu", "cuda"):
+        flags = f"--data {small}/demos.jsonl --dev {small}/dev.jsonl --heldout {small}/heldout.jsonl"
+        flags += f" --device {device} --baseline none --temperature 0 --out {tmp_path}/{device}"
+        subprocess.run([sys.executable, gsil.__file__, *flags.split()], env=environment, check=True)
+        nlls[device] = [row["nll"] for row in table(tmp_path / device).values()]
+    assert nlls["cuda"][0] == pytest.approx(nlls["cpu"][0], rel=0.02)  # the base model: bf16 has 8 bits
+    assert nlls["cuda"][1] == pytest.approx(nlls["cpu"][1], rel=0.1)  # trained: its steps differ, too
 
 
 SHARES = [  # flags; responses of the model and of the demonstrators, a letter each; what is said of the habit y

@@ -46,9 +46,12 @@ def test_samples_follow_the_models_plain_softmax(temperature):
     assert (shares - expected).abs().max() < 0.03  # four standard errors of a share out of 4000
 
 
-def test_the_seed_decides_the_samples(model):
+def test_the_seed_decides_the_samples(model, monkeypatch):
     """A resumed run would sample other negatives, or every batch the same ones."""
+    entered, enter = [], torch.autocast.__enter__  # for each token it would cast all weights to bf16 again
+    monkeypatch.setattr(torch.autocast, "__enter__", lambda self: entered.append(1) or enter(self))
     first = gsil.sample(model, PROMPTS, {EOS}, 8, 1, 2, "0 round 1")
+    assert len(entered) == 2  # once for each batch
     torch.rand(3)  # what ran before must not matter
     assert gsil.sample(model, PROMPTS, {EOS}, 8, 1, 2, "0 round 1") == first
     assert gsil.sample(model, PROMPTS, {EOS}, 8, 1, 2, "0 round 2") != first

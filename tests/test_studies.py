@@ -81,6 +81,24 @@ def test_the_parts_of_gsm8k():
     assert numbers["dev"] == {*range(35, 40)} and numbers["test"] == {*range(4)}
 
 
+def test_the_verdict_of_gsm8k():
+    """The first question's answer is read off these numbers."""
+    gains = {"gain, before all of the controls have run": {}}
+    gains |= {"gain": {"extrapolated": 20, "beyond-base": 30, "tempered": 40}}
+    gains |= {"reach GSIL": {"extrapolated": 20, "beyond-base": 30, "tempered": 50}}
+    cases = {"loss": {"gsil": 30}, "none": {"gsil": 41}} | {
+        says: {"gsil": 50} | gains[says] for says in gains
+    }
+    for says, shares in cases.items():  # of 100 problems, of which the first ones are valid
+        shares = {"sft": 40} | shares
+        runs = {name: {0: {"sampled": {"valid": "1" * n + "0" * (100 - n)}}} for name, n in shares.items()}
+        found = gsm8k.verdict(runs)
+        assert says in found and (says != "gain" or found == says), found
+    mean, half, of_seeds = gsm8k.paired(runs, "gsil", "sft")
+    assert (mean, of_seeds) == (pytest.approx(0.1), None)
+    assert half == pytest.approx(1.96 * (0.09 / 99) ** 0.5)  # 10 differences of 1, 90 of 0
+
+
 # From the command to the table: a study takes hours, so what cannot run must show before.
 TINY = f"--model {gsil.TOY}/base --heldout 40 --demos 40 --crowd 40 --lesson 40 --lesson-epochs 1 --epochs 1"
 TINY += " --policy-steps 1 --require 0 --max-new-tokens 20 --methods rft extrapolated --out "

@@ -241,6 +241,17 @@ def worth(policy, r, kl):
     return (policy * (r - kl * (policy / PI).log())).sum()
 
 
+@pytest.mark.parametrize("kl", [0.1, 0.5, 2])
+def test_the_best_policy_tilts_the_reference(kl):
+    """RFT's formula would be wrong, or noise drive a policy away that has arrived there."""
+    # By hand a policy is worth kl log Z - kl * KL(policy || best). At the best every response earns the same.
+    best, log_z = best_policy(REWARD, kl), (PI * (REWARD / kl).exp()).sum().log()
+    for policy in [best, *random_logits(20).softmax(-1)]:
+        missing = kl * (policy * (policy / best).log()).sum()
+        close(worth(policy, REWARD, kl), kl * log_z - missing, 1e-12)
+    close(advantages((REWARD - kl * (best / PI).log())[None]), 0, 1e-12)
+
+
 @pytest.mark.parametrize("samples", [2, 4])
 def test_the_policy_gradient_is_right_on_average(samples):
     """A wrong sign, a lost factor, or the mean of all samples would move the optimum."""
