@@ -58,7 +58,7 @@ RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE",
 bar, say = partial(tqdm, leave=False, disable=RANK > 0), tqdm.write  # say: print above the bar
 if not sys.stderr.isatty():  # a log gets no bar but a line a minute
     line = "  {desc}: {n_fmt} of {total_fmt}, {remaining} left\n"
-    bar = partial(tqdm, disable=RANK > 0, delay=60, mininterval=60, maxinterval=60, bar_format=line)
+    bar = partial(tqdm, disable=RANK > 0, delay=60, mininterval=60, miniters=1, bar_format=line)
     say = print
 TAKEN = []  # [folder] once this run has one: how to continue, said when it stops, names it
 # bf16 matrix products over fp32 weights on CUDA, plain fp32 elsewhere
