@@ -89,15 +89,15 @@ def parse_args(argv=None):
             parser.error(f"--data {item}: should be TASK=PATH, with one of --tasks {tasks}")
         args.data[task] = path
     for name, value in vars(args).items():
-        if type(value) in (int, float):
-            allowed = value > 0 or (value == 0 and name in ("shots", "temperature", "seed"))
-            if not (allowed and math.isfinite(value)):
-                parser.error(f"--{name.replace('_', '-')} {value}: out of range")
+        low = 0 if name in ("shots", "temperature", "seed") else 1e-99
+        if value == "" or (type(value) in (int, float) and not low <= value < math.inf):
+            parser.error(f"--{name.replace('_', '-')}={value}: out of range")
     if args.samples > 1 and args.temperature == 0:
         parser.error(f"--samples {args.samples}: greedy responses are the same, set a --temperature")
     if "reward" in args.tasks and (not args.reward_model or args.samples > 1):
         parser.error("the task reward needs a --reward-model, and one sample per problem")
-    if "mt_bench" in args.tasks and (args.compare or not args.answers or "mt_bench" not in args.data):
+    mt_bench = "mt_bench" in args.tasks
+    if not bool(args.answers) == mt_bench == ("mt_bench" in args.data) or (mt_bench and args.compare):
         parser.error("the task mt_bench needs --data and --answers FILE, and takes no --compare")
     if "humaneval" in tasks and not args.allow_code_execution:
         parser.error("humaneval runs programs that the model writes: give --allow-code-execution")
@@ -532,7 +532,7 @@ def read_humaneval_instruct(row):  # humaneval/humaneval_instruct.yaml
 
 def multiple_choice(question, choices, gold):
     """gold is the index of the right choice."""
-    check(all(choices), "each choice should be text, one is empty")
+    check(all(isinstance(x, str) and x for x in choices), "each choice should be text, one is empty")
     check(0 <= gold < len(choices), f"answer should be an index of {len(choices)} choices")
     return {"question": question, "target": choices[gold], "choices": choices, "gold": gold}
 

@@ -33,6 +33,7 @@ import random
 import re
 import sys
 import time
+import zlib
 from collections import namedtuple
 from contextlib import suppress
 from functools import partial
@@ -134,14 +135,13 @@ def parse_args(argv=None):
         args.habit = args.habit or "="  # the response shows its working: 7 + 4 = 11 . #### 11
     may_be_zero = ("temperature", "rounds", "warmup", "seed")
     for name, value in vars(args).items():
-        if type(value) in (int, float):
-            allowed = value > 0 or name == "shift" or (value == 0 and name in may_be_zero)
-            if not (allowed and math.isfinite(value)):
-                parser.error(f"--{name.replace('_', '-')} {value}: out of range")
+        low = -1e99 if name == "shift" else 0 if name in may_be_zero else 1e-99
+        if value == "" or (type(value) in (int, float) and not low <= value < math.inf):
+            parser.error(f"--{name.replace('_', '-')}={value}: out of range")
     try:
         re.compile(args.habit or "")
     except re.error as error:
-        parser.error(f"--habit {args.habit}: {error}")
+        parser.error(f"--habit {args.habit}: no regular expression: {error}")
     if args.prompt_template and args.prompt_template.count("{prompt}") != 1:
         parser.error(f"--prompt-template {args.prompt_template!r}: {{prompt}} should be in it once")
     if args.out and not args.resume and Path(args.out).exists() and any(Path(args.out).iterdir()):
@@ -213,7 +213,8 @@ def sample(model, prompts, eos_ids, max_new_tokens, temperature, batch_size, see
         model(input_ids=pad(prompts[:1], "left", model.device))
     responses = [[] for _ in prompts]
     parts = batches([len(x) for x in prompts], min(batch_size, math.ceil(len(prompts) / WORLD)))
-    progress = bar(total=sum(map(len, parts[RANK::WORLD])), desc="sampling")
+    n_tokens = sum(map(len, parts[RANK::WORLD])) * max_new_tokens  # at most
+    progress = bar(total=n_tokens, desc="sampling", unit="token")
     for n in range(RANK, len(parts), WORLD):
         rows = parts[n]  # indices of prompts
         stream = random.Random(f"{seed} {n}").getrandbits(60)
@@ -222,7 +223,7 @@ def sample(model, prompts, eos_ids, max_new_tokens, temperature, batch_size, see
         mask = pad([[1] * len(prompts[i]) for i in rows], "left", model.device)  # (B, T)
         cache = None
         with autocast():  # around the loop, so that weights are cast once and not for every token
-            for _ in range(max_new_tokens):
+            for t in range(max_new_tokens):
                 logits, cache = next_token_logits(model, ids, mask, cache)  # (B, V)
                 if logits.isnan().any():  # otherwise argmax would silently pick a token
                     die("the model's logits are NaN: its weights are broken, or --lr was too high")
@@ -234,7 +235,7 @@ def sample(model, prompts, eos_ids, max_new_tokens, temperature, batch_size, see
                 for i, token in zip(rows, tokens.tolist()):
                     responses[i].append(token)
                 alive = [k for k, i in enumerate(rows) if responses[i][-1] not in eos_ids]
-                progress.update(len(rows) - len(alive))
+                progress.update(len(alive) + (len(rows) - len(alive)) * (max_new_tokens - t))
                 if not alive:
                     break
                 if len(alive) < len(rows):  # finished rows leave the batch
@@ -244,7 +245,6 @@ def sample(model, prompts, eos_ids, max_new_tokens, temperature, batch_size, see
                     tokens, mask = tokens[keep], mask[keep]
                 ids = tokens[:, None]  # (B, 1): everything before is in the cache
                 mask = F.pad(mask, (0, 1), value=1)
-        progress.update(len(alive))  # they reached max_new_tokens
     progress.close()
     reshard(model)
     shares = gather(responses)  # in each share only the responses of that process are filled
@@ -407,6 +407,7 @@ def train(model, rows, loss_of, epochs, folder, data, args, learned=()):
             print(f"  epoch {epoch}: {right:.1%} of dev right{', kept' if right > best else ''}")
         if (data.dev and right > best) or (not data.dev and epoch == epochs):
             best = right  # of equal epochs the first is kept, which had less time to overfit
+            model.generation_config.eos_token_id = sorted(data.eos_ids)  # for transformers' generate
             model.save_pretrained(folder.with_suffix(".partial"))
     finish(folder, data.tokenizer)  # renames FOLDER.partial to FOLDER
 
@@ -432,7 +433,8 @@ def self_play(policy, demos, folder, data, args):
         pairs.append(pair | {"real_reference": real_logp, "generated_reference": generated_logp})
     write(file, "".join(json.dumps(pair) + "\n" for pair in pairs))
     equal = fmean(pair["real_ids"] == pair["generated_ids"] for pair in pairs)
-    print(f"  {equal:.1%} of the responses equal their demonstration")
+    ended = fmean(ids[-1] in data.eos_ids for ids in responses)
+    print(f"  {equal:.1%} of the responses equal their demonstration, {ended:.1%} ended by themselves")
     return pairs
 
 
@@ -443,12 +445,14 @@ def predict_habit(pairs, scale, data, args):
     own = habit_share([pair["generated_ids"] for pair in pairs], data, args)
     theirs = habit_share([pair["real_ids"] for pair in pairs], data, args)
     print(f"  {args.habit!r}, over all prompts: model {own:.1%}, demonstrators {theirs:.1%}", end="")
-    if scale and args.temperature == 1 and 0 < own < 1 and 0 < theirs < 1:
+    if not scale or args.temperature != 1:
+        print("; no prediction from these flags")
+    elif not (0 < own < 1 and 0 < theirs < 1):
+        print("; no prediction from a share of 0% or 100%")
+    else:
         start, goal = torch.tensor([own, theirs], dtype=torch.float64).logit()
         optimum = (start + (goal - start) / scale).sigmoid().item()
         print(f"; predicted {optimum:.1%} if these responses differ in nothing else")
-    else:
-        print("; no prediction from these flags, or from shares of 0% or 100%")
 
 
 def gsil_round(start, folder, data, args):
@@ -489,6 +493,7 @@ def extrapolate(folder, data, args):
         if right > best:
             best = right
             model.config.extrapolated_by = factor  # to be found in config.json
+            model.generation_config.eos_token_id = sorted(data.eos_ids)
             model.save_pretrained(folder.with_suffix(".partial"))
         del model  # make room for the next one
     finish(folder, data.tokenizer)
@@ -507,7 +512,7 @@ def main(args):
     policy = load_model(args.model, args)
     try_model(policy, data.demos)  # refuses a model whose padding or cache change what it predicts
     print(f"model   {args.model}: {policy.num_parameters():,} parameters, {WORLD} x {policy.device}")
-    args = take_folder(args, f"runs/gsil-{args.loss}")  # a copy, with args.out set
+    args = take_folder(args, f"runs/gsil-{args.loss}", data)  # a copy, with args.out set
     shift = "learned" if args.shift is None else args.shift
     settings = "" if args.loss == "sft" else f", scale {args.scale}, shift {shift}"
     print(f"method  {args.loss}{settings}, results in {args.out}")
@@ -540,7 +545,7 @@ def main(args):
         start = folder
         if name not in table:  # else a resumed run need not load the model
             evaluate(name, load_model(folder, args), seconds, table, data, args)
-    print_table(table, out)
+    print_table(table, out, len(data.heldout))
     return table
 
 
@@ -551,10 +556,11 @@ COLUMNS = "prompt+chosen, chosen, prompt+response, prompt+completion, question+a
 COLUMNS += "instruction+output, real, messages, conversations"
 ROLES = {"user": "user", "human": "user", "prompter": "user", "system": "system"}
 ROLES |= dict.fromkeys(["assistant", "gpt", "bot", "model", "chatbot"], "assistant")
-EMPTY = (None, "", [], "[]")  # values of a column or key that is not filled
+EMPTY = (None, "", [])  # values of a column or key that is not filled
 # A row is none to imitate if "name\nvalue" of another column, or of a key of the response's turn,
 # matches one of these: more than a text by its name; by its value; "good: no"; "bad: yes".
 NOT_TO_IMITATE = r"""(?x)
+    (?!.*\n(\[\]|false|no|0)\Z)
     .*(image|picture|photo|pixel|video|audio|speech|tool|function|think|thought|reason|rationale)
     | .*\n(data:\w+/|b['"]|<pil|[\s\S]*'bytes':\ b|\S+\.(png|jpe?g|gif|web[pm]|mp[34]|mov|avi|wav|flac)\W*\Z)
     | (is_|was_)?(label|desir\w*|accept\w*|approv\w*|good|correct|valid|keep|train|weight|pass\w*)
@@ -579,7 +585,7 @@ def read_rows(path, split):
                 rows = list(csv.DictReader(file, strict=True))
         elif path.endswith(".parquet"):
             rows = pyarrow.parquet.read_table(path).to_pylist()
-        elif Path(path).is_file():
+        elif Path(path).is_file() or [*Path(path).glob("**/*.csv")]:  # as pandas reads it
             die(f"{path} should be a .jsonl, .json, .csv or .parquet file")
         else:
             import datasets  # slow to import
@@ -606,6 +612,7 @@ def to_turns(turns, role):
             content = "".join(str(part.get("text") or "") for part in parts)
         # Numbers may be ids or weights. Another text may be a thought, a list a call or a picture.
         more = [key for key in rest if key != "name" and not isinstance(rest[key], (int, float))]
+        more = [key for key in more if rest[key] != "[]"]
         if role and (more or role not in ROLES or isinstance(content, list) or "<image>" in str(content)):
             raise UserWarning(f"a turn has more than a usual role and a text: {turn!r:.80}")
         if not role or not isinstance(content, str) or (role != "system" and not content.strip()):
@@ -625,7 +632,9 @@ def to_messages(row):
         raise ValueError(f"the row has {[*rest] or row}; accepted, in lower case, are {COLUMNS}")
     before, _, after = found[0].rpartition("+")
     prompt, turns = rest.pop(before, None), rest.pop(after)
-    if before == "instruction" and isinstance(rest.get("input"), str):
+    if before == "instruction" and "input" in rest:
+        if not isinstance(rest["input"], str):
+            raise ValueError(f"input should be a text, not {rest['input']!r:.80}")
         prompt = f"{prompt}\n\n{rest.pop('input')}"
     if isinstance(turns, str) and not before:  # Anthropic's HH: "\n\nHuman: ...\n\nAssistant: ..."
         parts = ["", *re.split(r"\n\n(Human|Assistant):", turns)]  # role and text by turns
@@ -634,14 +643,18 @@ def to_messages(row):
     messages = to_turns(turns, "assistant")
     if before and messages[0]["role"] == "assistant":  # else the conversation has the prompt in it
         messages = to_turns(prompt, "user") + messages
-    elif isinstance(prompt, str) and not any(prompt.strip() in turn["content"] for turn in messages):
-        raise ValueError(f"{before!r} is not in the conversation of {after!r}")
+    elif before:
+        for turn in to_turns(prompt, "user"):
+            if not any(turn["content"].strip() in other["content"] for other in messages):
+                raise ValueError(f"{before!r} is not in the conversation of {after!r}")
     for column in [*rest]:
         if re.fullmatch("(?i)system.?(prompt|message)?", column) and messages[0]["role"] != "system":
             messages = to_turns(rest.pop(column), "system") + messages
     last = max((n for n, turn in enumerate(messages) if turn["role"] == "assistant"), default=0)
     for name, value in (rest | messages[last]["rest"]).items():
-        if re.match(NOT_TO_IMITATE, f"{name}\n{str(value).strip()}".lower()):
+        if (name, after) != ("rejected", "chosen") and re.match(
+            NOT_TO_IMITATE, f"{name}\n{str(value).strip()}".lower()
+        ):
             raise UserWarning(f"{name!r} is {value!r:.40}: more than a text, or a mark of a bad one")
     if last == 0:
         raise ValueError(f"{after!r} has no prompt with a response")
@@ -658,8 +671,8 @@ def encode(row, tokenizer, eos_ids, room=math.inf):
     text = tokenizer.apply_chat_template(messages, tokenize=False)
     # Of earlier responses a template may drop the thoughts, as it will when the model is used.
     asked = [turn["content"].strip() for turn in messages[:-1] if turn["role"] != "assistant"]
-    kept = all(content in prompt for content in asked) and text.startswith(prompt)
-    if not kept or response.strip() not in text[len(prompt) :]:
+    kept = all(prompt.count(x) >= sum(other.count(x) for other in asked) for x in asked if x)
+    if not (kept and text.startswith(prompt)) or response.strip() not in text[len(prompt) :]:
         raise ValueError("the chat template changes or drops a turn; see --prompt-template")
     to_ids = partial(tokenizer.encode, add_special_tokens=False)
     prompt_ids, ids = to_ids(prompt), to_ids(text)
@@ -703,17 +716,18 @@ def read_demos(path, split, encode_row):
     others = ", ".join(sorted(columns - used)) or "none"
     print(f"data    {path}: columns {', '.join(sorted(used))}; not used: {others}")
     if changed:
-        print(f"warning: the tokenizer changes the text of {changed} of {n} rows, such as its case")
+        print(f"warning: the tokenizer changes the text of {changed} of {n} rows, such as case")
     return demos
 
 
 def load_tokenizer(path, prompt_template=None):
     """A model's config, its tokenizer with the chat template that --prompt-template becomes, and
-    the ids that end a response: the EOS ids of tokenizer, config and generation config."""
+    the ids that end a response: the EOS ids of tokenizer, config and generation config, and if the
+    template ends a response with none of them, the token that it has there."""
     config = load(transformers.AutoConfig, path, "config")
     tokenizer = load(transformers.AutoTokenizer, path, "tokenizer")
     sources = [tokenizer, config, config.get_text_config()]
-    with suppress(OSError):
+    with suppress(OSError, ValueError):
         sources.append(transformers.GenerationConfig.from_pretrained(path))
     listed = [getattr(source, "eos_token_id", None) for source in sources]  # id, ids or None
     eos_ids = {i for ids in listed for i in (ids if isinstance(ids, list) else [ids])} - {None}
@@ -726,12 +740,20 @@ def load_tokenizer(path, prompt_template=None):
         refuse = "{{ raise_exception('--prompt-template has room for one question and its answer') }}"
         one += "{{ messages[1].content if messages[1:] }}{% else %}" + refuse + "{% endif %}"
         tokenizer.chat_template = one
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "z?"}]
+    with suppress(TemplateError, ValueError):  # there is no template, or it refuses these turns
+        text = tokenizer.apply_chat_template(turns, tokenize=False).partition("z?")[2]
+        end = tokenizer.encode(text, add_special_tokens=False)
+        if not eos_ids & {*end}:  # such as <|im_end|> of a base model whose EOS is <|endoftext|>
+            eos_ids |= {*[i for i in end if i in tokenizer.added_tokens_decoder][:1]}
     return config, tokenizer, eos_ids
 
 
 def read_data(args):
     """What --model says of its tokens, and the encoded rows of --data, --dev and --heldout: Data."""
     transformers.logging.disable_progress_bar()
+    if args.data == f"{TOY}/demos.jsonl" and args.model != f"{TOY}/base":
+        print(f"warning: no --data: {args.model} learns the sums of the toy")
     config, tokenizer, eos_ids = load_tokenizer(args.model, args.prompt_template)
     if getattr(config, "quantization_config", None):
         die(f"{args.model} has quantized weights, which cannot be trained: name its full weights")
@@ -764,19 +786,19 @@ def read_data(args):
         print(f"no --heldout: {n} demonstrations are held out; the table shows if they are imitated")
     if not all(row["answer"] for row in dev):
         die(f"{args.dev}: every response of a dev problem should end in '#### value'")
-    if both := {row["prompt"] for row in demos} & {row["prompt"] for row in dev + heldout}:
-        print(f"warning: {len(both)} dev or held-out prompts are also trained on")
+    prompts = [{row["prompt"] for row in part} for part in (demos, dev, heldout)]
+    if again := sum(map(len, prompts)) - len(set.union(*prompts)):
+        print(f"warning: {again} dev or held-out prompts are also trained on, or in both files")
     print(f"data    {len(demos)} demonstrations, up to {max_new_tokens} tokens a response")
-    error = 98 / math.sqrt(len(heldout))  # 1.96 standard errors of a share of 50%, in per cent
-    print(f"        {len(dev)} dev and {len(heldout)} held-out problems: held-out shares are ± {error:.0f}%")
+    print(f"        {len(dev)} dev and {len(heldout)} held-out problems")
     return Data(tokenizer, eos_ids, max_new_tokens, room, demos, dev, heldout)
 
 
 # ---- 7. Evaluate --------------------------------------------------------------------------
 def final_answer(text):
     """What follows the last '####', as in GSM8K: '#### $1,234.' -> '1234', or None."""
-    found = re.findall(r"####[^\S\n]*\$?([^\n]+)", text)
-    return found[-1].replace(",", "").strip().rstrip(".") if found else None
+    found = re.findall(r"####[^\S\n]*\$?((?:(?!####)[^\n])+)", text)
+    return found[-1].replace(",", "").strip().rstrip(". ") if found else None
 
 
 def decode(ids, data):
@@ -808,7 +830,7 @@ TABLE |= {"length": ".1f", "ended": ".0%", "seconds": ".0f"}
 
 
 def evaluate(name, policy, seconds, table, data, args):
-    """Add a row to the table, save the table, and print an answer to the first held-out prompt."""
+    """Add a row to the table, save the table, and print an answer to the last held-out prompt."""
     row = {"dev": accuracy(policy, data.dev, 0, data, args)[0] if data.dev else None, "seconds": seconds}
     row["greedy"], greedy = accuracy(policy, data.heldout, 0, data, args)
     row["sampled"], sampled = accuracy(policy, data.heldout, 1, data, args)
@@ -817,19 +839,21 @@ def evaluate(name, policy, seconds, table, data, args):
     row["habit"] = habit_share(sampled, data, args) if args.habit else None
     row["length"] = fmean(map(len, sampled))
     row["ended"] = fmean(ids[-1] in data.eos_ids for ids in sampled)
-    prompt, response = data.heldout[0]["prompt"], data.tokenizer.decode(greedy[0])
+    prompt, response = data.heldout[-1]["prompt"], data.tokenizer.decode(greedy[-1])
     print(f"{name}: {prompt[-50:]!r} -> {response!r:.99}")
     table[name] = row
     write(Path(args.out) / "summary.json", json.dumps(table, indent=2))
 
 
-def print_table(table, out):
-    """Print the table, and how to load the round that is best on dev (of equals, or without, the last)."""
+def print_table(table, out, n):
+    """Print the table, of n held-out problems, and how to load the round that is best on dev (of
+    equals, or without, the last)."""
     columns = [name for name in TABLE if any(row.get(name) is not None for row in table.values())]
     print("\nheld-out    " + "".join(f"{name:>9}" for name in columns))
     for name, row in table.items():
         cells = ["-" if row.get(key) is None else format(row[key], TABLE[key]) for key in columns]
         print(f"{name:12}" + "".join(f"{cell:>9}" for cell in cells))
+    print(f"a share of {n} held-out problems is ± {0.98 / math.sqrt(n):.0%} at most (95%)")
     if {*table} - {"demos", "base"}:
         rounds = [name for name in table if name.startswith("round")] or ["sft"]
         best = max(reversed(rounds), key=lambda name: table[name]["dev"] or 0)
@@ -914,7 +938,7 @@ def finish(folder, tokenizer):
     gather()  # all processes can load it
 
 
-def take_folder(args, default):
+def take_folder(args, default, data):
     """The flags with --out, which from now on is this run's; by default the first free `default`-N."""
     out, n = args.out, 1
     while RANK == 0 and not out:
@@ -928,6 +952,10 @@ def take_folder(args, default):
         Path(args.out, "args.json").touch(exist_ok=False)  # the same --out for two runs: one fails
     TAKEN.append(args.out)
     write(Path(args.out) / "args.json", json.dumps(vars(args), indent=2))
+    file, digest = Path(args.out) / "data.crc32", str(zlib.crc32(repr(data[1:]).encode()))
+    if file.exists() and file.read_text() != digest:  # of a resumed run
+        print("warning: the data, or its tokens, are not those with which this run began")
+    write(file, digest)
     return args
 
 

@@ -28,20 +28,21 @@ FORMATS = [  # of one demonstration
     {"conversations": [{"from": "human", "value": Q}, {"from": "gpt", "value": A}]},
     {"messages": [{"role": "User", "content": Q}, {"role": " bot ", "content": A}]},
     {"messages": [{"role": "prompter", "content": Q}, {"role": "model", "content": A}]},
-    {"prompt": Q, "chosen": A, "rejected": "no"},
+    {"prompt": Q, "chosen": A, "rejected": "Yes"},
     {"prompt": Q, "chosen": TURNS, "rejected": OTHERS, "messages": OTHERS},  # UltraFeedback
     {"chosen": TURNS, "rejected": OTHERS},
     {"chosen": f"\n\nHuman: {Q}\n\nAssistant: {A}", "rejected": "\n\nHuman: a"},  # Anthropic's HH
     {"real": TURNS, "generated": OTHERS},  # SPIN
     {"prompt": None, "response": None, "question": Q, "answer": A, "tools": None},
-    {"messages": [user(Q), assistant(A) | {"tool_calls": []}], "tools": "[]"},
+    {"messages": [user(Q), assistant(A) | {"tool_calls": [], "functions": "[]"}], "tools": "[]"},
+    {"prompt": Q, "response": A, "has_image": False, "num_tools": 0},
 ]
 ASKED = f"<|user|>\n{Q}</s>\n<|assistant|>\n"
 HISTORY = "<|user|>\na</s>\n<|assistant|>\nb</s>\n" + ASKED
 ROWS = [(row, ASKED) for row in FORMATS] + [
     ({"messages": [user("a"), assistant("b"), *TURNS], "system": "s"}, "<|system|>\ns</s>\n" + HISTORY),
     ({"chosen": f"\n\nHuman: a\n\nAssistant: b\n\nHuman: {Q}\n\nAssistant: {A}", "system": ""}, HISTORY),
-    ({"instruction": "a", "input": "b", "output": A}, "<|user|>\na\n\nb</s>\n<|assistant|>\n"),
+    ({"instruction": "a", "input": "[]", "output": A}, "<|user|>\na\n\n[]</s>\n<|assistant|>\n"),
 ]
 
 
@@ -87,6 +88,7 @@ def test_texts_stay_as_they_are_in_every_kind_of_file(bom, end, tmp_path, tokeni
 
 
 SYSTEM = [{"role": "system", "content": "Be brief."}, user(Q), assistant("<think>hm</think>" + A)]
+LAST = ZEPHYR.replace("messages", "messages[1:]")  # drops the first turn
 BROKEN = [  # row, a regex for what is said of it, and a chat template
     ({"text": "a", "label": 1}, "text.*label.*accepted.*prompt"),
     ({"Prompt": "a", "Response": "b"}, "Prompt.*accepted, in lower case, are prompt"),
@@ -98,6 +100,8 @@ BROKEN = [  # row, a regex for what is said of it, and a chat template
     ({"prompt": "a", "response": "one <|end|> two"}, "EOS token"),
     ({"prompt": "<s>a", "response": "b"}, "<s> is in the prompt", "<s>" + ZEPHYR),
     ({"prompt": "zebra", "chosen": OTHERS}, "prompt.* is not in the conversation"),
+    ({"prompt": [user("zebra"), user(Q)], "chosen": OTHERS}, "prompt.* is not in the conversation"),
+    ({"instruction": "Double it", "input": 7, "output": "14"}, "input should be a text, not 7"),
     ({"prompt": "a", "response": "\ud83d"}, "surrogate"),  # half an emoji
     (3, "row.* 3"),
     ({"messages": [{"content": "a"}, assistant("b")]}, "turn.*role"),
@@ -107,7 +111,8 @@ BROKEN = [  # row, a regex for what is said of it, and a chat template
     ({"prompt": [user([{"type": "text"}])], "response": "b"}, "turn"),
     ({"messages": SYSTEM}, "changes or drops a turn", "{{ messages | length }}" + ZEPHYR),
     ({"messages": SYSTEM}, "drops a turn", ZEPHYR.replace("m.content", "m.content.split('</think>')[-1]")),
-    ({"messages": SYSTEM}, "drops a turn", ZEPHYR.replace("messages", "messages[1:]")),
+    ({"messages": SYSTEM}, "drops a turn", LAST),
+    ({"messages": [SYSTEM[0], user("Be brief. Hi"), assistant("b")]}, "drops a turn", LAST),
     ({"messages": SYSTEM}, "must alternate", "{{ raise_exception('roles must alternate') }}"),
 ]
 NO_DEMONSTRATIONS = [  # of these any number is left out
@@ -263,3 +268,5 @@ def test_a_folder_with_configurations(inputs, tmp_path, capsys):
     assert place == f"{tmp_path}:main row 1" and row == {"question": Q, "answer": A}
     said = refusal(capsys, f"{inputs} --data {tmp_path} --out {tmp_path}/out")
     assert said.startswith(f"error: {tmp_path}: ") and "main" in said and "other" in said
+    (tmp_path / "main/train.csv").write_text("prompt,response\na,NA\n")  # pandas would take NA for nothing
+    assert "should be a .jsonl" in refusal(capsys, f"{inputs} --data {tmp_path} --out {tmp_path}/out")

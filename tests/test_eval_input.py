@@ -17,6 +17,7 @@ BAD_ROWS = [  # task, row, what the sentence says
     ("answers", GSM_ROW | {"answer": "2"}, "should end in '#### '"),
     ("answers", GSM_ROW | {"answer": "#### Step 1\nIt is 2"}, "should end in '#### '"),
     ("humaneval", {"prompt": "def a():", "test": "", "entry_point": "b"}, "entry_point should be defined"),
+    ("arc_easy", ARC_ROW | {"choices": {"text": [3, 4], "label": ["A", "B"]}}, "each choice should be text"),
     ("arc_easy", ARC_ROW | {"answerKey": "C"}, "answerKey should be one of"),
     ("arc_easy", ARC_ROW | {"choices": {"text": ["a"], "label": ["A", "B"]}}, "choices should have as many"),
     ("hellaswag", SWAG_ROW, "each choice should be text, one is empty"),
@@ -35,7 +36,8 @@ BAD_ROWS = [  # task, row, what the sentence says
 def test_bad_rows(task, row, says, tmp_path, inputs, capsys):
     """Most of these would be scored as silent zeros, as lm_eval does."""
     file = write_jsonl(tmp_path / "test.jsonl", [row])
-    flags = f"{inputs} --tasks {task} --data {file} --shots 0 --allow-code-execution --answers {file}0"
+    flags = f"{inputs} --tasks {task} --data {file} --shots 0 --allow-code-execution"
+    flags += f" --answers {file}0" * (task == "mt_bench")
     refused(capsys, flags, "error: ", f"{file} row 1: ", says)
 
 
@@ -63,7 +65,9 @@ def test_too_few_rows(tmp_path, inputs, capsys):
 BAD_FLAGS = [  # flags, what the sentence says
     ("--tasks gsm9k", "--tasks gsm9k: name each task once, out of answers, gsm8k"),
     ("--tasks gsm8k,mmlu --data x.jsonl", "--data x.jsonl: should be TASK=PATH"),
-    ("--temperature nan", "--temperature nan"),
+    ("--temperature nan", "--temperature=nan"),
+    ("--compare=", "--compare=: out of range"),
+    ("--answers x", "mt_bench needs --data and --answers"),
     ("--samples 2", "--samples 2: greedy responses are the same"),
     ("--tasks humaneval", "give --allow-code-execution"),
     ("--max-new-tokens 512 --limit 1", "--max-new-tokens 512: no room for a prompt"),
@@ -93,12 +97,11 @@ def test_as_a_command(tmp_path):
 def test_no_file_is_overwritten_or_left_behind(name, tmp_path, capsys):
     """A result of hours would be lost, or the file of a refused run be in the way."""
     rows = write_jsonl(tmp_path / "rows.jsonl", [GSM_ROW])
-    refused(capsys, f"--{name} {rows}", f"{rows}: File exists; choose a file that does not exist")
+    flags = f"--data {rows} --tasks {'mt_bench' if name == 'answers' else 'answers'} --{name}"
+    refused(capsys, f"{flags} {rows}", f"{rows}: File exists; choose a file that does not exist")
     assert rows.read_text() == json.dumps(GSM_ROW) + "\n"
-    refused(capsys, f"--{name} /dev/null", "/dev/null: File exists")
-    refused(capsys, f"--{name} {tmp_path}/no/x.json", "No such file or directory")
-    refused(capsys, f"--{name} {tmp_path}/x.json --model nowhere --limit 1", "nowhere")
-    refused(
-        capsys, f"--{name} {tmp_path}/x --data {tmp_path}/x", "should be a .jsonl"
-    )  # as it exists already
+    refused(capsys, f"{flags} /dev/null", "/dev/null: File exists")
+    refused(capsys, f"{flags} {tmp_path}/no/x.json", "No such file or directory")
+    refused(capsys, f"{flags} {tmp_path}/x.json --model nowhere --limit 1", "nowhere")
+    refused(capsys, f"{flags} {tmp_path}/x --data {tmp_path}/x", "should be a .jsonl")  # it exists already
     assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]

@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 import transformers
-from conftest import byte_tokenizer, tiny_model
+from conftest import ZEPHYR, byte_tokenizer, tiny_model
 from helpers import EOS, assistant, random_model, read_jsonl, refusal, run, save, user, write_jsonl
 from tokenizers.processors import TemplateProcessing
 
@@ -32,7 +32,7 @@ def test_defaults(capsys):
 OUT_OF_RANGE = """--scale 0, --scale nan, --scale inf, --batch 0, --rounds -1, --epochs 1.5, --lr x, --loss dpo,
     --shift x, --shift 1.2.3, --shift nan, --shift inf, --device tpu, --temperature -1, --micro-batch 0,
     --max-new-tokens 0, --seed -1, --learning-rate 1, --sca 1, --baseline x, --habit (, --prompt-template Q:,
-    --prompt-template {prompt}{prompt}, --device cuda"""
+    --prompt-template {prompt}{prompt}, --device cuda, --data=, --resume="""
 
 
 def test_flags_out_of_range_are_refused_by_name(capsys):
@@ -99,13 +99,28 @@ def test_a_model_that_cannot_be_used_is_one_sentence_before_any_work(inputs, tmp
     assert said.startswith("error: nobody/nothing: ") and "Hub" in said
 
 
-@pytest.mark.parametrize("listed, expected", [([EOS, 2], {EOS, 2}), (2, {EOS, 2}), (None, {EOS})])
-def test_every_eos_the_model_lists_ends_a_response(listed, expected, inputs, tmp_path, tokenizer):
+ENDS = [
+    ([EOS, 2], "</s>", {EOS, 2}),
+    (2, "</s>", {EOS, 2}),
+    (None, "</s>", {EOS}),
+    (None, "<|end|>", {EOS, 2}),
+]
+
+
+@pytest.mark.parametrize("listed, end, expected", ENDS)
+def test_every_eos_the_model_lists_ends_a_response(listed, end, expected, inputs, tmp_path, capsys):
     """A chat model's samples would run on to the cap, as its turns may end by another id."""
     model = tiny_model()
     model.generation_config.eos_token_id = listed
-    save(tmp_path, model, tokenizer)
-    assert gsil.read_data(gsil.parse_args([*inputs.split(), "--model", str(tmp_path)])).eos_ids == expected
+    save(tmp_path / "model", model, byte_tokenizer(ZEPHYR.replace("</s>", end)))
+    flags = ["--model", f"{tmp_path}/model", "--rounds=1", "--baseline=none", f"--out={tmp_path}/out"]
+    assert gsil.read_data(gsil.parse_args([*inputs.split(), *flags])).eos_ids == expected
+    run([*inputs.split(), *flags])
+    saved = transformers.GenerationConfig.from_pretrained(tmp_path / "out/round_1")
+    assert saved.eos_token_id == sorted(expected)  # or transformers' generate would run on
+    assert "no --data" not in capsys.readouterr().out
+    gsil.read_data(gsil.parse_args(flags[:2]))
+    assert f"warning: no --data: {tmp_path}/model learns the sums" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("bos", ["", "<s>"])
@@ -132,7 +147,8 @@ def test_a_prompt_template_is_used_and_saved(bos, tmp_path, capsys):
 
 def test_a_warmup_without_an_end_is_refused(inputs, tmp_path, capsys):
     """A run whose rate never comes to --lr would end as if it had worked."""
-    for flags, script in (("--batch 6", gsil), ("--reward-steps 1 --policy-steps 9", irft)):
+    rft = ("--reward-steps 1 --policy-steps 9", "--reward-steps 9 --policy-steps 9 --batch 6")  # or of SFT
+    for flags, script in (("--batch 6", gsil), *((flags, irft) for flags in rft)):
         said = refusal(capsys, f"{inputs} {flags} --epochs 1 --warmup 1 --out {tmp_path}/out", script)
         assert said.startswith("error: --warmup 1: ") and not (tmp_path / "out").exists()
 

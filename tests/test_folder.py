@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from helpers import as_script, check_equal, refusal, run
+from helpers import as_script, check_equal, read_jsonl, refusal, run, write_jsonl
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import gsil
@@ -67,7 +67,8 @@ def test_a_fault_at_every_rename_and_resume(inputs, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "replace", fails)
     run(inputs + FAST + f"--out {tmp_path}/whole")
     renamed = names.copy()
-    assert renamed[0] == "args.json" and {*renamed[1:]} == {"summary.json", "round_1.jsonl", "round_1", "sft"}
+    names_of_all = {"data.crc32", "summary.json", "round_1.jsonl", "round_1", "sft"}
+    assert renamed[0] == "args.json" and {*renamed[1:]} == names_of_all
     for failing in range(2, len(renamed) + 1):  # without the first one, args.json, there is nothing to resume
         names.clear()
         out = tmp_path / str(failing)
@@ -129,10 +130,21 @@ def test_two_runs_never_share_a_folder(inputs, undisturbed, tmp_path, monkeypatc
         code, said = as_script(f"{inputs} --out {out}", monkeypatch, capsys)
         assert code == 2 and re.match(f"error: .*{undisturbed}", said) and "to continue" not in said
     assert (undisturbed / "args.json").read_text() == before
-    take = partial(gsil.take_folder, default="runs/many")  # 60 runs in the same instant
+    take = partial(gsil.take_folder, default="runs/many", data=())  # 60 runs in the same instant
     with multiprocessing.get_context("fork").Pool(4) as pool:
         taken = pool.map(take, [gsil.parse_args([*flags, "9"])] * 60, chunksize=1)
     assert len({args.out for args in taken}) == 60
+
+
+def test_other_data_for_a_resumed_run_is_said(inputs, tmp_path, capsys):
+    """One half of the table would be of the old data, and one of the new."""
+    data = write_jsonl(tmp_path / "x.jsonl", read_jsonl(gsil.parse_args(inputs.split()).data))
+    run(f"{inputs} --data {data} --rounds 0 --out {tmp_path}/out")
+    run(f"--resume {tmp_path}/out")
+    assert "warning: the data" not in capsys.readouterr().out
+    data.write_text(data.read_text().replace("What is 0", "What is 9"))
+    run(f"--resume {tmp_path}/out")
+    assert "warning: the data, or its tokens" in capsys.readouterr().out
 
 
 def interrupt(*_):
