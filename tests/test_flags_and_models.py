@@ -30,7 +30,7 @@ def test_defaults(capsys):
 
 
 OUT_OF_RANGE = """--scale 0, --scale nan, --scale inf, --batch 0, --rounds -1, --epochs 1.5, --lr x, --loss dpo,
-    --shift x, --shift 1.2.3, --shift nan, --shift inf, --device tpu, --temperature -1, --micro-batch 0,
+    --shift x, --shift 1.2.3, --shift nan, --shift inf, --device tpu, --temperature -1, --temperature 1e-39, --micro-batch 0,
     --max-new-tokens 0, --seed -1, --learning-rate 1, --sca 1, --baseline x, --habit (, --prompt-template Q:,
     --prompt-template {prompt}{prompt}, --device cuda, --data=, --resume="""
 

@@ -230,7 +230,7 @@ def test_a_second_round_of_a_resumed_run(finished, two_rounds, tmp_path, capsys)
 def test_a_sick_round_is_warned_of(inputs, small, tmp_path, capsys):
     """A warning on every run would soon be ignored, and one that never fires protects nobody."""
     short = "--baseline none --reward-steps 1 --policy-steps 1 --policy-batch 2"
-    run(f"{inputs} {short} --reward-lr 1e-60 --policy-lr 1e-60 --kl 0 --out {tmp_path}/idle", irft)
+    run(f"{inputs} {short} --reward-lr 1e-9 --policy-lr 1e-9 --kl 0 --out {tmp_path}/idle", irft)
     assert not re.search("length alone|runs away|1 - 1/", capsys.readouterr().out)
     dev = tmp_path / "dev.jsonl"  # two samples: their rewards and lengths always correlate
     dev.write_text("".join((small / "dev.jsonl").open().readlines()[:2]))
