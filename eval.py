@@ -89,7 +89,7 @@ def parse_args(argv=None):
             parser.error(f"--data {item}: should be TASK=PATH, with one of --tasks {tasks}")
         args.data[task] = path
     for name, value in vars(args).items():
-        low = 0 if name in ("shots", "temperature", "seed") else 1e-9
+        low = 0 if value == 0 and name in ("shots", "temperature", "seed") else 1e-9
         if value == "" or (type(value) in (int, float) and not low <= value < math.inf):
             parser.error(f"--{name.replace('_', '-')}={value}: out of range")
     if args.samples > 1 and args.temperature == 0:

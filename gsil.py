@@ -135,7 +135,7 @@ def parse_args(argv=None):
         args.habit = args.habit or "="  # the response shows its working: 7 + 4 = 11 . #### 11
     may_be_zero = ("temperature", "rounds", "warmup", "seed")
     for name, value in vars(args).items():
-        low = -1e99 if name == "shift" else 0 if name in may_be_zero else 1e-9
+        low = -1e99 if name == "shift" else 0 if value == 0 and name in may_be_zero else 1e-9
         if value == "" or (type(value) in (int, float) and not low <= value < math.inf):
             parser.error(f"--{name.replace('_', '-')}={value}: out of range")
     try:

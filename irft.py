@@ -162,7 +162,7 @@ def parse_args(argv=None):
             parser.error(f"{action.option_strings[0]} has no use in --method {args.method}")
     may_be_zero = ("temperature", "rounds", "warmup", "seed", "reward_penalty", "preference_weight", "kl")
     for name, value in vars(args).items():
-        low = 0 if name in may_be_zero else 1e-9
+        low = 0 if value == 0 and name in may_be_zero else 1e-9
         if value == "" or (type(value) in (int, float) and not low <= value < math.inf):
             parser.error(f"--{name.replace('_', '-')}={value}: out of range")
     try:
