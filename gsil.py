@@ -13,7 +13,7 @@ At its optimum a round turns pi_t into pi_t (p/pi_t)^(1/scale) / Z, where p is h
 demonstrators write and Z normalizes. Scale 1 imitates them. A smaller scale goes beyond them,
 further in the direction that sets them apart from the model. A round multiplies log pi - log p by
 1 - 1/scale, so several rounds settle at p only if scale is above 0.5. The formula is exact for the
-loss spin. The others, except hinge, need the shift scale log Z, which differs between prompts; a
+loss spin. The others, except hinge, need shift = scale log Z, which differs between prompts; a
 learned shift is one number. On long responses h soon leaves the range where the losses have a
 gradient; there scale acts as a step size. Unlike the official code, this one never edits sampled
 ids, so a response's format does not tell whose it is.
@@ -61,7 +61,7 @@ if not sys.stderr.isatty():  # a log gets no bar but a line a minute
     line = "  {desc}: {n_fmt} of {total_fmt}, {remaining} left\n"
     bar = partial(tqdm, disable=RANK > 0, delay=60, mininterval=60, miniters=1, bar_format=line)
     say = print
-TAKEN = []  # [folder] once this run has one: how to continue, said when it stops, names it
+TAKEN = []  # [folder] once this run has one; if it stops, the error names it for --resume
 # bf16 matrix products over fp32 weights on CUDA, plain fp32 elsewhere
 autocast = partial(torch.autocast, "cuda", torch.bfloat16, enabled=torch.cuda.is_available())
 
@@ -92,7 +92,7 @@ def parse_args(argv=None):
     flag("--epochs", type=int, default=2, help="passes over the pairs of a round")
     flag("--temperature", type=float, default=1.0, help="of the samples (paper: 0, greedy)")
     baselines = ["sft", "extrapolated", "none"]
-    flag("--baseline", choices=baselines, default="sft", help="extrapolated: sft with a longer step, too")
+    flag("--baseline", choices=baselines, default="sft", help="extrapolated: sft, then beyond it")
     flag = parser.add_argument_group("optimization").add_argument
     flag("--optimizer", choices=["adamw", "rmsprop"], default="adamw", help="paper: rmsprop")
     flag("--lr", type=float, default=2e-4, help="peak, right for the toy (paper, 7B: 5e-7)")
@@ -127,7 +127,7 @@ def parse_args(argv=None):
             if value != saved[name] and option not in RESUMABLE:
                 parser.error(f"{option} {value}: the run to resume has {saved[name]}, which stays")
         if RANK == 0 and args.rounds > saved["rounds"] and Path(args.resume, "sft").exists():
-            print(f"warning: sft is finished, with the epochs for {saved['rounds']} rounds")
+            print(f"warning: sft's epochs grow with --rounds, but it is finished, with {saved['rounds']}")
         if args.device not in devices:  # the saved one may be another machine's
             parser.error(f"--device {args.device}: there is none; choose {' or '.join(devices)}")
     if args.data == f"{TOY}/demos.jsonl":
@@ -163,7 +163,8 @@ def batches(lengths, max_items=math.inf, max_tokens=math.inf):
 
 def pad(rows, side, device):
     """Lists of token ids -> (B, T), long: [[5, 6], [7]] -> [[5, 6], [7, 0]] for side "right"."""
-    return pad_sequence([torch.tensor(row, dtype=torch.long) for row in rows], True, 0, side).to(device)
+    rows = [torch.tensor(row, dtype=torch.long) for row in rows]
+    return pad_sequence(rows, batch_first=True, padding_side=side).to(device)
 
 
 def gather(value=None):
@@ -184,7 +185,7 @@ def reshard(model):
 
 def die(sentence):
     """Say in one sentence why the run ends, and exit with code 2. Under torchrun, whose store counts
-    failures from the start, only the first process to fail reports: the others fail with it."""
+    failures from the start, only the first process to fail reports, as the others fail with it."""
     store = WORLD > 1 and dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
     if not store or store.add("failures", 1) == 1:
         print(f"error: {sentence}", file=sys.stderr)
@@ -302,7 +303,7 @@ LOSSES = {
     # sign(p - pi_t): only which of the two is likelier
     "hinge": lambda real, generated: F.relu(1 - real) + F.relu(1 + generated),
     "brier": lambda real, generated: (real.sigmoid() - 1) ** 2 + generated.sigmoid() ** 2,
-    # at scale 1 it is SFT on average, up to a constant
+    # E exp(d) over y- is 1, so at scale 1 this is SFT up to a constant
     "kliep": lambda real, generated: -real + tangent_exp(generated),
     # -exp(h+) + exp(2 h-)/2, beyond H_MAX constant in h+ and linear in h-
     "lsif": lambda real, generated: tangent_exp(2 * generated, 2 * H_MAX) / 2 - real.clamp(max=H_MAX).exp(),
@@ -315,7 +316,7 @@ def gsil_loss(model, pairs, loss, scale, shift):
     """loss(h(y+), h(y-)) of each pair, (B,), float32, and metrics {name: (B,)}, d_* in nats.
     pairs: dicts with prompt_ids, real_ids, generated_ids and log pi_t, real_reference and
     generated_reference. loss: a key of LOSSES. shift: a scalar tensor, which may be learned. The
-    losses are those of the official code, whose spin takes beta as the scale, and whose
+    losses are those of the official code, which calls the scale of spin beta, and whose
     exponentials are unbounded."""
     real = [(pair["prompt_ids"], pair["real_ids"]) for pair in pairs]
     generated = [(pair["prompt_ids"], pair["generated_ids"]) for pair in pairs]
@@ -403,7 +404,7 @@ def train(model, rows, loss_of, epochs, folder, data, args, learned=()):
             if step == 1 and max(abs(metrics.get(d, 0)) for d in ("d_real", "d_generated")) > 1:
                 die("policy and reference differ before the first step, but should be one model")
         if data.dev:
-            right, _ = accuracy(model, data.dev, temperature=0, data=data, args=args)  # a share
+            right, _ = accuracy(model, data.dev, temperature=0, data=data, args=args)  # the share
             print(f"  epoch {epoch}: {right:.1%} of dev right{', kept' if right > best else ''}")
         if (data.dev and right > best) or (not data.dev and epoch == epochs):
             best = right  # of equal epochs the first is kept, which had less time to overfit
@@ -417,7 +418,7 @@ def self_play(policy, demos, folder, data, args):
     """A round's pairs: every demonstration with a response of the policy, and log pi_t of both in
     nats, such as {"prompt": "2 + 2", "response": "4", "generated": "5<eos>", "prompt_ids": [7, 3,
     7], "real_ids": [9, 1], "generated_ids": [8, 1], "real_reference": -2.5, "generated_reference":
-    -1.5, "answer": None}, where no '####' tells the answer. FOLDER.jsonl keeps them."""
+    -1.5, "answer": None}; the answer is what follows a '####'. FOLDER.jsonl keeps them."""
     file, seed = folder.with_suffix(".jsonl"), f"{args.seed} {folder.name.replace('_', ' ')}"
     if file.exists():  # the run was interrupted while it trained on them
         return [json.loads(line) for line in file.read_text().splitlines()]
@@ -471,7 +472,7 @@ def gsil_round(start, folder, data, args):
 
 def train_sft(folder, data, args):
     """The baseline: supervised fine-tuning on the demonstrations."""
-    epochs = args.epochs * args.rounds * (3 if data.dev else 1)  # two sides and samples cost thrice
+    epochs = args.epochs * args.rounds * (3 if data.dev else 1)  # 3: what two sides and samples cost
     if not data.dev and args.loss != "sft":
         print(f"  {epochs} epochs, a third of {args.loss}'s work, as there is no --dev to choose one")
     loss_of = partial(sft_loss, mean_length=fmean(len(demo["real_ids"]) for demo in data.demos))
@@ -479,7 +480,7 @@ def train_sft(folder, data, args):
 
 
 def extrapolate(folder, data, args):
-    """A control that trains on no samples: start + factor * (sft - start); --dev chooses the factor."""
+    """A control without training of its own: start + factor * (sft - start); --dev chooses the factor."""
     start, best = load_model(args.model, args), -1.0
     for factor in (1, 1.5, 2, 2.5, 3, 4) if data.dev else (2,):
         model = load_model(folder.with_name("sft"), args)
@@ -525,7 +526,7 @@ def main(args):
     if not table:
         if args.habit:  # what the models move towards
             table["demos"] = {"habit": habit_share([demo["real_ids"] for demo in data.demos], data, args)}
-        evaluate("base", policy, None, table, data, args)  # adds a row, saves table
+        evaluate("base", policy, None, table, data, args)  # no seconds; adds a row, saves table
     del policy  # every stage loads the model that it starts from
     stages = [f"round_{t}" for t in range(1, args.rounds + 1)] if args.loss != "sft" else []
     if args.rounds and (args.loss == "sft" or args.baseline != "none"):
@@ -557,8 +558,8 @@ COLUMNS += "instruction+output, real, messages, conversations"
 ROLES = {"user": "user", "human": "user", "prompter": "user", "system": "system"}
 ROLES |= dict.fromkeys(["assistant", "gpt", "bot", "model", "chatbot"], "assistant")
 EMPTY = (None, "", [])  # values of a column or key that is not filled
-# A row is none to imitate if "name\nvalue" of another column, or of a key of the response's turn,
-# matches one of these: more than a text by its name; by its value; "good: no"; "bad: yes".
+# A row is not to be imitated if "name\nvalue" of an unused column, or of a key of the response's
+# turn, matches: more than text by its name, but not if its value is no; by its value; good: no; bad: yes
 NOT_TO_IMITATE = r"""(?x)
     (?!.*\n(\[\]|false|no|0)\Z)
     .*(image|picture|photo|pixel|video|audio|speech|tool|function|think|thought|reason|rationale)
@@ -585,13 +586,13 @@ def read_rows(path, split):
                 rows = list(csv.DictReader(file, strict=True))
         elif path.endswith(".parquet"):
             rows = pyarrow.parquet.read_table(path).to_pylist()
-        elif Path(path).is_file() or [*Path(path).glob("**/*.csv")]:  # as pandas reads it
+        elif Path(path).is_file() or [*Path(path).glob("**/*.csv")]:  # which pandas would read
             die(f"{path} should be a .jsonl, .json, .csv or .parquet file")
         else:
             import datasets  # slow to import
 
-            name, _, configuration = path.rpartition(":") if ":" in path else (path, "", None)
-            rows = datasets.load_dataset(name, configuration, split=split)
+            name, *configuration = path.rsplit(":", 1)
+            rows = datasets.load_dataset(name, *configuration, split=split)
         for n, row in enumerate(rows, 1):
             yield f"{path} row {n}", row
     except Exception as error:  # noqa: BLE001 (these libraries raise anything)
@@ -611,12 +612,11 @@ def to_turns(turns, role):
         if all(isinstance(part, dict) and part.get("type") == "text" for part in parts):
             content = "".join(str(part.get("text") or "") for part in parts)
         # Numbers may be ids or weights. Another text may be a thought, a list a call or a picture.
-        more = [key for key in rest if key != "name" and not isinstance(rest[key], (int, float))]
-        more = [key for key in more if rest[key] != "[]"]
+        more = {k for k in rest if rest[k] != "[]" and not isinstance(rest[k], (int, float))} - {"name"}
         if role and (more or role not in ROLES or isinstance(content, list) or "<image>" in str(content)):
             raise UserWarning(f"a turn has more than a usual role and a text: {turn!r:.80}")
         if not role or not isinstance(content, str) or (role != "system" and not content.strip()):
-            raise ValueError(f"a turn is empty or, as before a transcript, has no role: {turn!r:.80}")
+            raise ValueError(f"a turn is empty, or has no role, like text before a transcript: {turn!r:.80}")
         content.encode()  # half an emoji raises a ValueError
         messages.append({"role": ROLES[role], "content": content, "rest": rest})
     return messages
@@ -651,10 +651,9 @@ def to_messages(row):
         if re.fullmatch("(?i)system.?(prompt|message)?", column) and messages[0]["role"] != "system":
             messages = to_turns(rest.pop(column), "system") + messages
     last = max((n for n, turn in enumerate(messages) if turn["role"] == "assistant"), default=0)
-    for name, value in (rest | messages[last]["rest"]).items():
-        if (name, after) != ("rejected", "chosen") and re.match(
-            NOT_TO_IMITATE, f"{name}\n{str(value).strip()}".lower()
-        ):
+    for name, value in [*rest.items(), *messages[last]["rest"].items()]:
+        mark = f"{name}\n{str(value).strip()}".lower()
+        if (name, after) != ("rejected", "chosen") and re.match(NOT_TO_IMITATE, mark):
             raise UserWarning(f"{name!r} is {value!r:.40}: more than a text, or a mark of a bad one")
     if last == 0:
         raise ValueError(f"{after!r} has no prompt with a response")
@@ -716,14 +715,14 @@ def read_demos(path, split, encode_row):
     others = ", ".join(sorted(columns - used)) or "none"
     print(f"data    {path}: columns {', '.join(sorted(used))}; not used: {others}")
     if changed:
-        print(f"warning: the tokenizer changes the text of {changed} of {n} rows, such as case")
+        print(f"warning: the tokenizer changes the text of {changed} of {len(demos)} rows, such as case")
     return demos
 
 
 def load_tokenizer(path, prompt_template=None):
     """A model's config, its tokenizer with the chat template that --prompt-template becomes, and
     the ids that end a response: the EOS ids of tokenizer, config and generation config, and if the
-    template ends a response with none of them, the token that it has there."""
+    template ends a response with none of them, the first added token that it has there."""
     config = load(transformers.AutoConfig, path, "config")
     tokenizer = load(transformers.AutoTokenizer, path, "tokenizer")
     sources = [tokenizer, config, config.get_text_config()]
@@ -823,8 +822,8 @@ def habit_share(responses, data, args):
 
 
 # dev, greedy, sampled: shares of right answers. nll: nats per token of good responses. habit, length
-# (in tokens), ended (with EOS): of sampled responses. All but dev: on held-out problems. seconds: of
-# training. The row demos has the habit of --data alone.
+# (in tokens), ended (with EOS): of sampled responses. All of these but dev: on held-out problems.
+# seconds: of the whole stage. The row demos has the habit of --data alone.
 TABLE = {"dev": ".1%", "greedy": ".1%", "sampled": ".1%", "habit": ".1%", "nll": ".4f"}
 TABLE |= {"length": ".1f", "ended": ".0%", "seconds": ".0f"}
 
@@ -846,8 +845,8 @@ def evaluate(name, policy, seconds, table, data, args):
 
 
 def print_table(table, out, n):
-    """Print the table, of n held-out problems, and how to load the round that is best on dev (of
-    equals, or without, the last)."""
+    """Print the table, of n held-out problems, and how to load the round that is best on dev (the
+    last one of equals, or if there is no dev; sft if there are no rounds)."""
     columns = [name for name in TABLE if any(row.get(name) is not None for row in table.values())]
     print("\nheld-out    " + "".join(f"{name:>9}" for name in columns))
     for name, row in table.items():
@@ -939,7 +938,8 @@ def finish(folder, tokenizer):
 
 
 def take_folder(args, default, data):
-    """The flags with --out, which from now on is this run's; by default the first free `default`-N."""
+    """The flags with --out, which from now on is this run's; by default the first free `default`-N.
+    The folder gets args.json, and a checksum of the data, by which a resumed run knows it again."""
     out, n = args.out, 1
     while RANK == 0 and not out:
         with suppress(FileExistsError):  # of two runs at once, one makes the folder
@@ -953,9 +953,10 @@ def take_folder(args, default, data):
     TAKEN.append(args.out)
     write(Path(args.out) / "args.json", json.dumps(vars(args), indent=2))
     file, digest = Path(args.out) / "data.crc32", str(zlib.crc32(repr(data[1:]).encode()))
-    if file.exists() and file.read_text() != digest:  # of a resumed run
+    if not file.exists():
+        write(file, digest)
+    elif file.read_text() != digest:
         print("warning: the data, or its tokens, are not those with which this run began")
-    write(file, digest)
     return args
 
 

@@ -70,7 +70,7 @@ if not sys.stderr.isatty():  # a log gets no bar but a line a minute
     line = "  {desc}: {n_fmt} of {total_fmt}, {remaining} left\n"
     bar = partial(tqdm, disable=RANK > 0, delay=60, mininterval=60, miniters=1, bar_format=line)
     say = print
-TAKEN = []  # [folder] once this run has one: how to continue, said when it stops, names it
+TAKEN = []  # [folder] once this run has one; if it stops, the error names it for --resume
 # bf16 matrix products over fp32 weights on CUDA, plain fp32 elsewhere
 autocast = partial(torch.autocast, "cuda", torch.bfloat16, enabled=torch.cuda.is_available())
 
@@ -194,7 +194,8 @@ def batches(lengths, max_items=math.inf, max_tokens=math.inf):
 
 def pad(rows, side, device):
     """Lists of token ids -> (B, T), long: [[5, 6], [7]] -> [[5, 6], [7, 0]] for side "right"."""
-    return pad_sequence([torch.tensor(row, dtype=torch.long) for row in rows], True, 0, side).to(device)
+    rows = [torch.tensor(row, dtype=torch.long) for row in rows]
+    return pad_sequence(rows, batch_first=True, padding_side=side).to(device)
 
 
 def gather(value=None):
@@ -215,7 +216,7 @@ def reshard(model):
 
 def die(sentence):
     """Say in one sentence why the run ends, and exit with code 2. Under torchrun, whose store counts
-    failures from the start, only the first process to fail reports: the others fail with it."""
+    failures from the start, only the first process to fail reports, as the others fail with it."""
     store = WORLD > 1 and dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
     if not store or store.add("failures", 1) == 1:
         print(f"error: {sentence}", file=sys.stderr)
@@ -415,7 +416,7 @@ def train(model, rows, loss_of, epochs, folder, data, args, learned=()):
             if step == 1 and max(abs(metrics.get(d, 0)) for d in ("d_real", "d_generated")) > 1:
                 die("policy and reference differ before the first step, but should be one model")
         if data.dev:
-            right, _ = accuracy(model, data.dev, temperature=0, data=data, args=args)  # a share
+            right, _ = accuracy(model, data.dev, temperature=0, data=data, args=args)  # the share
             print(f"  epoch {epoch}: {right:.1%} of dev right{', kept' if right > best else ''}")
         if (data.dev and right > best) or (not data.dev and epoch == epochs):
             best = right  # of equal epochs the first is kept, which had less time to overfit
@@ -614,7 +615,7 @@ def self_play(policy, demos, folder, data, args):
     """A round's pairs: every demonstration with a response of the policy, and log pi_t of both in
     nats, such as {"prompt": "2 + 2", "response": "4", "generated": "5<eos>", "prompt_ids": [7, 3,
     7], "real_ids": [9, 1], "generated_ids": [8, 1], "real_reference": -2.5, "generated_reference":
-    -1.5, "answer": None}, where no '####' tells the answer. FOLDER.jsonl keeps them."""
+    -1.5, "answer": None}; the answer is what follows a '####'. FOLDER.jsonl keeps them."""
     file, seed = folder.with_suffix(".jsonl"), f"{args.seed} {folder.name.replace('_', ' ')}"
     if file.exists():  # the run was interrupted while it trained on them
         return [json.loads(line) for line in file.read_text().splitlines()]
@@ -756,7 +757,7 @@ def main(args):
     if not table:
         if args.habit:  # what the models move towards
             table["demos"] = {"habit": habit_share([demo["real_ids"] for demo in data.demos], data, args)}
-        evaluate("base", policy, None, table, data, args)  # adds a row, saves table
+        evaluate("base", policy, None, table, data, args)  # no seconds; adds a row, saves table
     del policy  # every stage loads the model that it starts from
     stages = [f"round_{t}" for t in range(1, parts + 1)]
     stages += ["sft"] if parts and args.baseline == "sft" else []
@@ -787,8 +788,8 @@ COLUMNS += "instruction+output, real, messages, conversations"
 ROLES = {"user": "user", "human": "user", "prompter": "user", "system": "system"}
 ROLES |= dict.fromkeys(["assistant", "gpt", "bot", "model", "chatbot"], "assistant")
 EMPTY = (None, "", [])  # values of a column or key that is not filled
-# A row is none to imitate if "name\nvalue" of another column, or of a key of the response's turn,
-# matches one of these: more than a text by its name; by its value; "good: no"; "bad: yes".
+# A row is not to be imitated if "name\nvalue" of an unused column, or of a key of the response's
+# turn, matches: more than text by its name, but not if its value is no; by its value; good: no; bad: yes
 NOT_TO_IMITATE = r"""(?x)
     (?!.*\n(\[\]|false|no|0)\Z)
     .*(image|picture|photo|pixel|video|audio|speech|tool|function|think|thought|reason|rationale)
@@ -815,13 +816,13 @@ def read_rows(path, split):
                 rows = list(csv.DictReader(file, strict=True))
         elif path.endswith(".parquet"):
             rows = pyarrow.parquet.read_table(path).to_pylist()
-        elif Path(path).is_file() or [*Path(path).glob("**/*.csv")]:  # as pandas reads it
+        elif Path(path).is_file() or [*Path(path).glob("**/*.csv")]:  # which pandas would read
             die(f"{path} should be a .jsonl, .json, .csv or .parquet file")
         else:
             import datasets  # slow to import
 
-            name, _, configuration = path.rpartition(":") if ":" in path else (path, "", None)
-            rows = datasets.load_dataset(name, configuration, split=split)
+            name, *configuration = path.rsplit(":", 1)
+            rows = datasets.load_dataset(name, *configuration, split=split)
         for n, row in enumerate(rows, 1):
             yield f"{path} row {n}", row
     except Exception as error:  # noqa: BLE001 (these libraries raise anything)
@@ -858,10 +859,9 @@ def to_messages(row):
         if re.fullmatch("(?i)system.?(prompt|message)?", column) and messages[0]["role"] != "system":
             messages = to_turns(rest.pop(column), "system") + messages
     last = max((n for n, turn in enumerate(messages) if turn["role"] == "assistant"), default=0)
-    for name, value in (rest | messages[last]["rest"]).items():
-        if (name, after) != ("rejected", "chosen") and re.match(
-            NOT_TO_IMITATE, f"{name}\n{str(value).strip()}".lower()
-        ):
+    for name, value in [*rest.items(), *messages[last]["rest"].items()]:
+        mark = f"{name}\n{str(value).strip()}".lower()
+        if (name, after) != ("rejected", "chosen") and re.match(NOT_TO_IMITATE, mark):
             raise UserWarning(f"{name!r} is {value!r:.40}: more than a text, or a mark of a bad one")
     if last == 0:
         raise ValueError(f"{after!r} has no prompt with a response")
@@ -881,12 +881,11 @@ def to_turns(turns, role):
         if all(isinstance(part, dict) and part.get("type") == "text" for part in parts):
             content = "".join(str(part.get("text") or "") for part in parts)
         # Numbers may be ids or weights. Another text may be a thought, a list a call or a picture.
-        more = [key for key in rest if key != "name" and not isinstance(rest[key], (int, float))]
-        more = [key for key in more if rest[key] != "[]"]
+        more = {k for k in rest if rest[k] != "[]" and not isinstance(rest[k], (int, float))} - {"name"}
         if role and (more or role not in ROLES or isinstance(content, list) or "<image>" in str(content)):
             raise UserWarning(f"a turn has more than a usual role and a text: {turn!r:.80}")
         if not role or not isinstance(content, str) or (role != "system" and not content.strip()):
-            raise ValueError(f"a turn is empty or, as before a transcript, has no role: {turn!r:.80}")
+            raise ValueError(f"a turn is empty, or has no role, like text before a transcript: {turn!r:.80}")
         content.encode()  # half an emoji raises a ValueError
         messages.append({"role": ROLES[role], "content": content, "rest": rest})
     return messages
@@ -946,14 +945,14 @@ def read_demos(path, split, encode_row):
     others = ", ".join(sorted(columns - used)) or "none"
     print(f"data    {path}: columns {', '.join(sorted(used))}; not used: {others}")
     if changed:
-        print(f"warning: the tokenizer changes the text of {changed} of {n} rows, such as case")
+        print(f"warning: the tokenizer changes the text of {changed} of {len(demos)} rows, such as case")
     return demos
 
 
 def load_tokenizer(path, prompt_template=None):
     """A model's config, its tokenizer with the chat template that --prompt-template becomes, and
     the ids that end a response: the EOS ids of tokenizer, config and generation config, and if the
-    template ends a response with none of them, the token that it has there."""
+    template ends a response with none of them, the first added token that it has there."""
     config = load(transformers.AutoConfig, path, "config")
     tokenizer = load(transformers.AutoTokenizer, path, "tokenizer")
     sources = [tokenizer, config, config.get_text_config()]
@@ -1077,8 +1076,8 @@ def habit_share(responses, data, args):
 
 
 # dev, greedy, sampled: shares of right answers. nll: nats per token of good responses. habit, length
-# (in tokens), ended (with EOS): of sampled responses. All but dev: on held-out problems. seconds: of
-# training. The row demos has the habit of --data alone.
+# (in tokens), ended (with EOS): of sampled responses. All of these but dev: on held-out problems.
+# seconds: of the whole stage. The row demos has the habit of --data alone.
 TABLE = {"dev": ".1%", "greedy": ".1%", "sampled": ".1%", "habit": ".1%", "nll": ".4f"}
 TABLE |= {"length": ".1f", "ended": ".0%", "seconds": ".0f"}
 
@@ -1100,8 +1099,8 @@ def evaluate(name, policy, seconds, table, data, args):
 
 
 def print_table(table, out, n):
-    """Print the table, of n held-out problems, and how to load the round that is best on dev (of
-    equals, or without, the last)."""
+    """Print the table, of n held-out problems, and how to load the round that is best on dev (the
+    last one of equals, or if there is no dev; sft if there are no rounds)."""
     columns = [name for name in TABLE if any(row.get(name) is not None for row in table.values())]
     print("\nheld-out    " + "".join(f"{name:>9}" for name in columns))
     for name, row in table.items():
@@ -1225,7 +1224,8 @@ def finish(folder, tokenizer):
 
 
 def take_folder(args, default, data):
-    """The flags with --out, which from now on is this run's; by default the first free `default`-N."""
+    """The flags with --out, which from now on is this run's; by default the first free `default`-N.
+    The folder gets args.json, and a checksum of the data, by which a resumed run knows it again."""
     out, n = args.out, 1
     while RANK == 0 and not out:
         with suppress(FileExistsError):  # of two runs at once, one makes the folder
@@ -1239,9 +1239,10 @@ def take_folder(args, default, data):
     TAKEN.append(args.out)
     write(Path(args.out) / "args.json", json.dumps(vars(args), indent=2))
     file, digest = Path(args.out) / "data.crc32", str(zlib.crc32(repr(data[1:]).encode()))
-    if file.exists() and file.read_text() != digest:  # of a resumed run
+    if not file.exists():
+        write(file, digest)
+    elif file.read_text() != digest:
         print("warning: the data, or its tokens, are not those with which this run began")
-    write(file, digest)
     return args
 
 
