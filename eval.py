@@ -85,7 +85,7 @@ def parse_args(argv=None):
     data, args.data = args.data, {"answers": f"{TOY}/heldout.jsonl"}
     for item in data:
         task, _, path = (item if "=" in item else f"{tasks}={item}").partition("=")
-        if task not in args.tasks:
+        if task not in args.tasks or not path:
             parser.error(f"--data {item}: should be TASK=PATH, with one of --tasks {tasks}")
         args.data[task] = path
     for name, value in vars(args).items():

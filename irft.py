@@ -61,7 +61,7 @@ from transformers.distributed import gather_full_state_dict
 from transformers.pytorch_utils import Conv1D
 from transformers.utils.peft_utils import find_adapter_config_file
 
-TOY = Path(__file__).parent / "tests" / "toy"
+TOY = Path(__file__).resolve().parent / "tests" / "toy"
 RESUMABLE = ("--device", "--micro-batch", "--baseline", "--rounds")  # flags that --resume may change
 PRINTED = ("loss", "d_real", "d_generated", "margin", "told_apart", "reward", "kl", "objective", "length")
 RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))  # from torchrun
@@ -740,7 +740,8 @@ def main(args):
     print(f"model   {args.model}: {policy.num_parameters():,} parameters, {WORLD} x {policy.device}")
     if args.lora_rank:  # it changes nothing yet, but refuses a model that has no layers for it
         add_lora(policy, args.lora_rank, "base")
-    args = take_folder(args, f"runs/irft-{args.method}", data)
+    rows = data.demos + data.dev + data.heldout + preferences
+    args = take_folder(args, f"runs/irft-{args.method}", rows)
     settings, each = f"{args.loss}, scale {args.scale}", f"{steps} steps"
     if not irft:
         settings, each = (
@@ -791,7 +792,7 @@ EMPTY = (None, "", [])  # values of a column or key that is not filled
 # A row is not to be imitated if "name\nvalue" of an unused column, or of a key of the response's
 # turn, matches: more than text by its name, but not if its value is no; by its value; good: no; bad: yes
 NOT_TO_IMITATE = r"""(?x)
-    (?!.*\n(\[\]|false|no|0)\Z)
+    (?!.*\n(\[\]|false|no|none|0(\.0+)?)\Z)
     .*(image|picture|photo|pixel|video|audio|speech|tool|function|think|thought|reason|rationale)
     | .*\n(data:\w+/|b['"]|<pil|[\s\S]*'bytes':\ b|\S+\.(png|jpe?g|gif|web[pm]|mp[34]|mov|avi|wav|flac)\W*\Z)
     | (is_|was_)?(label|desir\w*|accept\w*|approv\w*|good|correct|valid|keep|train|weight|pass\w*)
@@ -816,12 +817,14 @@ def read_rows(path, split):
                 rows = list(csv.DictReader(file, strict=True))
         elif path.endswith(".parquet"):
             rows = pyarrow.parquet.read_table(path).to_pylist()
-        elif Path(path).is_file() or [*Path(path).glob("**/*.csv")]:  # which pandas would read
+        elif Path(path).is_file():
             die(f"{path} should be a .jsonl, .json, .csv or .parquet file")
         else:
             import datasets  # slow to import
 
             name, *configuration = path.rsplit(":", 1)
+            if tables := [*Path(name).glob("**/*.[ct]sv")]:
+                die(f"{path}: pandas would drop NA from {tables[0]}: name a .csv file itself")
             rows = datasets.load_dataset(name, *configuration, split=split)
         for n, row in enumerate(rows, 1):
             yield f"{path} row {n}", row
@@ -951,8 +954,8 @@ def read_demos(path, split, encode_row):
 
 def load_tokenizer(path, prompt_template=None):
     """A model's config, its tokenizer with the chat template that --prompt-template becomes, and
-    the ids that end a response: the EOS ids of tokenizer, config and generation config, and if the
-    template ends a response with none of them, the first added token that it has there."""
+    the ids that end a response: the EOS ids of tokenizer, config and generation config, and the
+    first added token that the template puts behind a response."""
     config = load(transformers.AutoConfig, path, "config")
     tokenizer = load(transformers.AutoTokenizer, path, "tokenizer")
     sources = [tokenizer, config, config.get_text_config()]
@@ -970,19 +973,19 @@ def load_tokenizer(path, prompt_template=None):
         one += "{{ messages[1].content if messages[1:] }}{% else %}" + refuse + "{% endif %}"
         tokenizer.chat_template = one
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "z?"}]
-    with suppress(TemplateError, ValueError):  # there is no template, or it refuses these turns
+    with suppress(TemplateError, TypeError, ValueError):  # no template, or it refuses these turns
         text = tokenizer.apply_chat_template(turns, tokenize=False).partition("z?")[2]
-        end = tokenizer.encode(text, add_special_tokens=False)
-        if not eos_ids & {*end}:  # such as <|im_end|> of a base model whose EOS is <|endoftext|>
-            eos_ids |= {*[i for i in end if i in tokenizer.added_tokens_decoder][:1]}
+        end, added = tokenizer.encode(text, add_special_tokens=False), tokenizer.added_tokens_decoder
+        # Such as <|im_end|> of a base model whose EOS is <|endoftext|>. Blanks may be added, too.
+        eos_ids.update([i for i in end if i in added and added[i].content.strip()][:1])
     return config, tokenizer, eos_ids
 
 
 def read_data(args):
     """What --model says of its tokens, and the encoded rows of --data, --dev and --heldout: Data."""
     transformers.logging.disable_progress_bar()
-    if args.data == f"{TOY}/demos.jsonl" and args.model != f"{TOY}/base":
-        print(f"warning: no --data: {args.model} learns the sums of the toy")
+    if args.data == f"{TOY}/demos.jsonl" and Path(args.model).resolve() != TOY / "base":
+        print(f"no --data: {args.model} learns the sums of the toy")
     config, tokenizer, eos_ids = load_tokenizer(args.model, args.prompt_template)
     if getattr(config, "quantization_config", None):
         die(f"{args.model} has quantized weights, which cannot be trained: name its full weights")
@@ -1050,7 +1053,7 @@ def read_preferences(data, args):
 # ---- 9. Evaluate --------------------------------------------------------------------------
 def final_answer(text):
     """What follows the last '####', as in GSM8K: '#### $1,234.' -> '1234', or None."""
-    found = re.findall(r"####[^\S\n]*\$?((?:(?!####)[^\n])+)", text)
+    found = re.findall(r"#{4,}[^\S\n]*\$?((?:(?!####)[^\n])+)", text)
     return found[-1].replace(",", "").strip().rstrip(". ") if found else None
 
 
@@ -1223,13 +1226,14 @@ def finish(folder, tokenizer):
     gather()  # all processes can load it
 
 
-def take_folder(args, default, data):
+def take_folder(args, default, rows):
     """The flags with --out, which from now on is this run's; by default the first free `default`-N.
-    The folder gets args.json, and a checksum of the data, by which a resumed run knows it again."""
-    out, n = args.out, 1
+    The folder gets args.json, and a checksum of all rows, by which a resumed run knows them again."""
+    out, n, digest = args.out, 1, 0
     while RANK == 0 and not out:
+        Path(default).parent.mkdir(parents=True, exist_ok=True)
         with suppress(FileExistsError):  # of two runs at once, one makes the folder
-            Path(f"{default}-{n}").mkdir(parents=True)
+            Path(f"{default}-{n}").mkdir()
             out = f"{default}-{n}"
         n += 1
     args = argparse.Namespace(**vars(args) | {"out": gather(out)[0]})
@@ -1238,10 +1242,12 @@ def take_folder(args, default, data):
         Path(args.out, "args.json").touch(exist_ok=False)  # the same --out for two runs: one fails
     TAKEN.append(args.out)
     write(Path(args.out) / "args.json", json.dumps(vars(args), indent=2))
-    file, digest = Path(args.out) / "data.crc32", str(zlib.crc32(repr(data[1:]).encode()))
+    for row in rows:
+        digest = zlib.crc32(repr(row).encode(), digest)
+    file = Path(args.out) / "data.crc32"
     if not file.exists():
-        write(file, digest)
-    elif file.read_text() != digest:
+        write(file, str(digest))
+    elif file.read_text() != str(digest):
         print("warning: the data, or its tokens, are not those with which this run began")
     return args
 

@@ -35,7 +35,7 @@ FORMATS = [  # of one demonstration
     {"real": TURNS, "generated": OTHERS},  # SPIN
     {"prompt": None, "response": None, "question": Q, "answer": A, "tools": None},
     {"messages": [user(Q), assistant(A) | {"tool_calls": [], "functions": "[]"}], "tools": "[]"},
-    {"prompt": Q, "response": A, "has_image": False, "num_tools": 0},
+    {"prompt": Q, "response": A, "has_image": False, "num_tools": 0.0},
 ]
 ASKED = f"<|user|>\n{Q}</s>\n<|assistant|>\n"
 HISTORY = "<|user|>\na</s>\n<|assistant|>\nb</s>\n" + ASKED
@@ -269,4 +269,6 @@ def test_a_folder_with_configurations(inputs, tmp_path, capsys):
     said = refusal(capsys, f"{inputs} --data {tmp_path} --out {tmp_path}/out")
     assert said.startswith(f"error: {tmp_path}: ") and "main" in said and "other" in said
     (tmp_path / "main/train.csv").write_text("prompt,response\na,NA\n")  # pandas would take NA for nothing
-    assert "should be a .jsonl" in refusal(capsys, f"{inputs} --data {tmp_path} --out {tmp_path}/out")
+    for data in (tmp_path, f"{tmp_path}:main"):
+        said = refusal(capsys, f"{inputs} --data {data} --out {tmp_path}/out")
+        assert "main/train.csv" in said and "name a .csv file" in said

@@ -67,6 +67,7 @@ BAD_FLAGS = [  # flags, what the sentence says
     ("--tasks gsm8k,mmlu --data x.jsonl", "--data x.jsonl: should be TASK=PATH"),
     ("--temperature nan", "--temperature=nan"),
     ("--compare=", "--compare=: out of range"),
+    ("--data=", "--data : should be TASK=PATH"),
     ("--answers x", "mt_bench needs --data and --answers"),
     ("--samples 2", "--samples 2: greedy responses are the same"),
     ("--tasks humaneval", "give --allow-code-execution"),

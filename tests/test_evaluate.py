@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 import gsil
 
 ANSWERS = {"so\n#### 1,234": "1234", "#### $1,234.\nmore": "1234", "####7.0": "7.0", "#### -3": "-3"}
-ANSWERS |= {"#### 7\r\nmore": "7", "####\u00a07\t": "7", "#### 1\n#### 2": "2", "#### 1 #### 2 .": "2"}
+ANSWERS |= {"#### 7\r\nmore": "7", "####\u00a07\t": "7", "#### 1\n#### 2": "2", "#### 1 ##### 2 .": "2"}
 ANSWERS |= {"1234": None}
 
 

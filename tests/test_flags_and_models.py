@@ -120,7 +120,7 @@ def test_every_eos_the_model_lists_ends_a_response(listed, end, expected, inputs
     assert saved.eos_token_id == sorted(expected)  # or transformers' generate would run on
     assert "no --data" not in capsys.readouterr().out
     gsil.read_data(gsil.parse_args(flags[:2]))
-    assert f"warning: no --data: {tmp_path}/model learns the sums" in capsys.readouterr().out
+    assert f"\nno --data: {tmp_path}/model learns the sums" in "\n" + capsys.readouterr().out
 
 
 @pytest.mark.parametrize("bos", ["", "<s>"])

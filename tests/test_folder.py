@@ -130,7 +130,7 @@ def test_two_runs_never_share_a_folder(inputs, undisturbed, tmp_path, monkeypatc
         code, said = as_script(f"{inputs} --out {out}", monkeypatch, capsys)
         assert code == 2 and re.match(f"error: .*{undisturbed}", said) and "to continue" not in said
     assert (undisturbed / "args.json").read_text() == before
-    take = partial(gsil.take_folder, default="runs/many", data=())  # 60 runs in the same instant
+    take = partial(gsil.take_folder, default="runs/many", rows=[])  # 60 runs in the same instant
     with multiprocessing.get_context("fork").Pool(4) as pool:
         taken = pool.map(take, [gsil.parse_args([*flags, "9"])] * 60, chunksize=1)
     assert len({args.out for args in taken}) == 60
@@ -142,9 +142,12 @@ def test_other_data_for_a_resumed_run_is_said(inputs, tmp_path, capsys):
     run(f"{inputs} --data {data} --rounds 0 --out {tmp_path}/out")
     run(f"--resume {tmp_path}/out")
     assert "warning: the data" not in capsys.readouterr().out
-    data.write_text(data.read_text().replace("What is 0", "What is 9"))
-    run(f"--resume {tmp_path}/out")
-    assert "warning: the data, or its tokens" in capsys.readouterr().out
+    text = data.read_text()
+    for content in (text.replace("What is 0", "What is 9"), text):
+        data.write_text(content)
+        for _ in range(2):
+            run(f"--resume {tmp_path}/out")
+            assert ("warning: the data, or its tokens" in capsys.readouterr().out) == (content != text)
 
 
 def interrupt(*_):

@@ -15,7 +15,12 @@ import torch
 from conftest import byte_tokenizer, tiny_model
 from helpers import EOS, PAIRS, check_equal, logged, made_pairs, read_jsonl, refusal, run
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GenerationConfig,
+)
 
 import gsil
 import irft
@@ -180,6 +185,7 @@ def test_end_to_end(flags, rounds, inputs, folder, tmp_path):
     assert len({pair["prompt"] for chunk in chunks for pair in chunk}) == sum(map(len, chunks)) == 6
     assert len(chunks) == rounds and max(map(len, chunks)) - min(map(len, chunks)) <= 1
     assert "NaN" not in (out / "metrics.jsonl").read_text()
+    assert isinstance(GenerationConfig.from_pretrained(out / "round_1").eos_token_id, list)
     for stage in ("round_1", "sft"):
         start, trained = (load_file(path / "model.safetensors") for path in (folder, out / stage))
         changed = [name for name in start if not torch.equal(start[name], trained[name])]

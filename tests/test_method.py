@@ -6,12 +6,13 @@ import os
 import re
 import subprocess
 import sys
+from statistics import fmean
 
 import pytest
 import torch
 from conftest import GPU
-from helpers import demos_of, logged, naive_logp, read_jsonl, run, table, write_jsonl
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from helpers import EOS, demos_of, logged, naive_logp, read_jsonl, run, table, write_jsonl
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import gsil
 
@@ -76,6 +77,7 @@ def test_the_pairs_of_a_round_are_in_its_file(inputs, data, tmp_path):
 def check_extrapolated(out, base, factor):
     """The saved weights are start + factor * (sft - start)."""
     assert AutoConfig.from_pretrained(out / "extrapolated").extrapolated_by == factor
+    assert isinstance(GenerationConfig.from_pretrained(out / "extrapolated").eos_token_id, list)
     folders = (base, out / "sft", out / "extrapolated")
     start, sft, found = (AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in folders)
     for name, weight in found.items():
@@ -123,11 +125,10 @@ def test_the_log_and_the_factor_that_samples_best_on_dev(small, tmp_path, capsys
     printed = capsys.readouterr().out
     asked = re.escape(read_jsonl(small / "heldout.jsonl")[-1]["question"][-20:])
     lines = ["data +40 demonstrations, .*", " +20 dev and 20 held-out problems"]
+    ends = [pair["generated_ids"][-1] == EOS for pair in read_jsonl(tmp_path / "out/round_1.jsonl")]
+    lines += [f"  [0-9.]+% of the responses equal .*, {fmean(ends):.1%} ended by themselves"]
     lines += [
-        "  [0-9.]+% of the responses equal .*, [0-9.]+% ended by themselves",
         "a share of 20 .* ± 22% at most.*",
-    ]
-    lines += [
         "model .*112,192 parameters, 1 x cpu.*",
         rf"method .*{tmp_path}/out",
         "round 1",
