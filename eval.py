@@ -61,7 +61,7 @@ def parse_args(argv=None):
     flag("--data", action="append", default=[], metavar="[TASK=]PATH", help="file or folder")
     flag("--limit", type=float, help="the first N problems only, or below 1 this share of them")
     flag("--shots", type=int, metavar="N", help="few-shot examples; without it 5 for gsm8k, else 0")
-    flag("--chat", action="store_true", help="use the chat template, as answers and reward do")
+    flag("--chat", action="store_true", help="use the chat template, as tasks not in lm_eval do")
     flag("--max-new-tokens", type=int, help="longest response; without it 256, for programs 1024")
     flag("--samples", type=int, default=1, help="responses per problem, whose mean is its score")
     flag("--temperature", type=float, default=0.0, help="sampling temperature; 0 is greedy")
@@ -161,7 +161,7 @@ def to_ids(lm, text):
 
 def ask(name, problem, lm, args):
     """What lm_eval gives to a model: a prompt, its ids (cut at their beginning if they do not fit) and
-    whether they were cut; or for choices the prompts and pairs of ids, (context, continuation)."""
+    whether they were cut; or for choices the prompts, the continuations, and pairs of ids of both."""
     tokenizer = lm.tokenizer if args.chat else None
     if "choices" not in problem:
         prompt, room = build_prompt(problem, tokenizer), lm.window - lm.longest[name]
@@ -209,7 +209,7 @@ def generate(lm, prompts, stop, max_new_tokens, temperature, batch_size, name=""
         width = ids.shape[1]
 
         def stopped(ids, scores, start=width, **_):
-            """Which rows contain a stop sequence? (B, T) -> (B,). It saves time, but `cut` decides."""
+            """Which rows contain a stop sequence? (B, T) -> (B,). A special token only shows here."""
             tails = tokenizer.batch_decode(ids[:, max(start, ids.shape[1] - tail) :])
             return torch.tensor([any(text in end for text in stop) for end in tails], device=ids.device)
 
@@ -832,7 +832,7 @@ BEAVER += "{{ turn.content }} ASSISTANT:{% else %}{{ turn.content }}{{ eos_token
 
 
 def load_reward_model(args):
-    """PKU-Alignment's head is called score_head. Its bias is left out: it shifts all rewards alike."""
+    """As an LM. PKU-Alignment's score_head becomes score, without a bias, which shifts all rewards alike."""
     template = {"beaver": BEAVER}.get(args.reward_template, args.reward_template)
     config, tokenizer, eos_ids = load_tokenizer(args.reward_model, args, template)
     options = {"num_labels": 1, "key_mapping": {"^score_head": "score"}}

@@ -389,7 +389,7 @@ def make_optimizer(model, lr, steps, args, learned=()):
 
 def train(model, rows, loss_of, epochs, folder, data, args, learned=()):
     """Train on rows, and save in folder, such as OUT/round_1, the epoch that solves most dev problems, or
-    without dev the last. data: a Data tuple, from read_data. learned: [shift] if there is one to learn."""
+    without dev the last. data: a Data tuple, from read_data. learned: gsil.py's [shift], if it is learned."""
     steps = epochs * math.ceil(len(rows) / args.batch)
     optimizer, schedule = make_optimizer(model, args.lr, steps, args, learned)
     phase, step, right, best, unprinted = folder.name.replace("_", " "), 0, 0.0, -1.0, []
@@ -415,7 +415,7 @@ def train(model, rows, loss_of, epochs, folder, data, args, learned=()):
 
 # ---- 5. The method ------------------------------------------------------------------------
 def self_play(policy, demos, folder, data, args):
-    """A round's pairs: every demonstration with a response of the policy, and log pi_t of both in
+    """A round's pairs: every demonstration with a response of the policy, pi_t, and log pi_t of both in
     nats, such as {"prompt": "2 + 2", "response": "4", "generated": "5<eos>", "prompt_ids": [7, 3,
     7], "real_ids": [9, 1], "generated_ids": [8, 1], "real_reference": -2.5, "generated_reference":
     -1.5, "answer": None}; the answer is what follows a '####'. FOLDER.jsonl keeps them."""
@@ -430,7 +430,7 @@ def self_play(policy, demos, folder, data, args):
     pairs = []
     for demo, ids, real_logp, generated_logp in zip(demos, responses, logps, logps[len(demos) :]):
         pair = demo | {"generated": data.tokenizer.decode(ids), "generated_ids": ids}
-        # These two numbers are all we need of pi_t, so no reference model stays in memory.
+        # These two numbers are all that a loss needs of pi_t, so no model stays in memory for it.
         pairs.append(pair | {"real_reference": real_logp, "generated_reference": generated_logp})
     write(file, "".join(json.dumps(pair) + "\n" for pair in pairs))
     equal = fmean(pair["real_ids"] == pair["generated_ids"] for pair in pairs)
@@ -442,10 +442,10 @@ def self_play(policy, demos, folder, data, args):
 def predict_habit(pairs, scale, data, args):
     """Print the share of responses with the habit: the model's, the demonstrators', and the predicted one.
     Its log-odds are the model's + (the demonstrators' - the model's) / scale, if responses with the habit
-    differ from the others in nothing else. scale None: the loss or a given shift has no such optimum."""
+    differ from the others in nothing else. scale None: these flags lead to no such optimum."""
     own = habit_share([pair["generated_ids"] for pair in pairs], data, args)
     theirs = habit_share([pair["real_ids"] for pair in pairs], data, args)
-    print(f"  {args.habit!r}, over all prompts: model {own:.1%}, demonstrators {theirs:.1%}", end="")
+    print(f"  {args.habit!r}, pooled over prompts: model {own:.1%}, demonstrators {theirs:.1%}", end="")
     if not scale or args.temperature != 1:
         print("; no prediction from these flags")
     elif not (0 < own < 1 and 0 < theirs < 1):

@@ -96,7 +96,7 @@ def parse_args(argv=None):
     flag = parser.add_argument_group("both methods").add_argument
     flag("--method", choices=["rft", "irft"], default="rft", help="with or without a reward model")
     flag("--temperature", type=float, default=1.0, help="of the pairs' samples; 0: greedy")
-    flag("--lora-rank", type=int, help="train LoRA of this rank instead of all weights (paper: 64)")
+    flag("--lora-rank", type=int, help="policy and SFT: LoRA of this rank, not all weights (64)")
     flag("--baseline", choices=["sft", "none"], default="sft", help="to compare with")
     irft = parser.add_argument_group("--method irft")
     flag = irft.add_argument
@@ -113,12 +113,12 @@ def parse_args(argv=None):
     flag("--reward-penalty", type=float, default=0.01, help="times r^2; much: a flat reward")
     flag("--preferences", help="chosen and rejected responses, which the reward also learns from")
     flag("--preference-weight", type=float, default=0.5, help="of their loss; that of pairs is 1")
-    flag("--kl", type=float, default=0.1, help="large: stays at the start; small: runs away")
+    flag("--kl", type=float, default=0.1, help="1 imitates, less goes beyond; small: runs away")
     flag("--policy-steps", type=int, default=24, help="each on fresh samples; many: runs away")
     flag("--policy-lr", type=float, default=1e-3, help="peak, right for the toy (paper: 1e-6)")
     flag("--policy-batch", type=int, default=64, help="prompts per policy step; few: noisy")
     flag("--group-size", type=int, default=4, help="samples of a prompt, to compare; few: noisy")
-    flag("--ppo-epochs", type=int, default=1, help="optimizer steps per sample; above 1 clipped")
+    flag("--ppo-epochs", type=int, default=1, help="optimizer steps per policy step; above 1 clipped")
     flag = parser.add_argument_group("optimization").add_argument
     flag("--optimizer", choices=["adamw", "rmsprop"], default="adamw", help="paper: rmsprop")
     flag("--lr", type=float, default=2e-4, help="of IRFT and SFT: peak, for the toy (7B: 5e-7)")
@@ -318,7 +318,7 @@ def score(model, texts, max_tokens, measure=response_logps):
 
 
 # ---- 3. IRFT: an implicit reward, scale * log pi/pi_ref -----------------------------------
-H_MAX = 5.0  # past this h, a response gets no further gradient from linear, which has no optimum
+H_MAX = 5.0  # linear, which has no optimum, is flat for h+ above this, and for h- below minus this
 
 # name -> f(h of demonstrations, h of own responses) -> loss, all (B,), where h = scale * d
 LOSSES = {
@@ -401,7 +401,7 @@ def make_optimizer(model, lr, steps, args, learned=()):
 
 def train(model, rows, loss_of, epochs, folder, data, args, learned=()):
     """Train on rows, and save in folder, such as OUT/round_1, the epoch that solves most dev problems, or
-    without dev the last. data: a Data tuple, from read_data. learned: [shift] if there is one to learn."""
+    without dev the last. data: a Data tuple, from read_data. learned: gsil.py's [shift], if it is learned."""
     steps = epochs * math.ceil(len(rows) / args.batch)
     optimizer, schedule = make_optimizer(model, args.lr, steps, args, learned)
     phase, step, right, best, unprinted = folder.name.replace("_", " "), 0, 0.0, -1.0, []
@@ -436,7 +436,7 @@ def reward_forward(model, ids, last):
 
 def reward(model, texts):
     """r(x, y) of B texts (prompt ids, response ids): (B,), float32. It is read at y's last token,
-    which sees no padding. model: what load_reward returns; its forward is reward_forward."""
+    which sees no padding. model: from load_reward; its forward is reward_forward."""
     ids = pad([prompt + response for prompt, response in texts], "right", model.device)  # (B, T)
     last = torch.tensor([len(x) + len(y) - 1 for x, y in texts], device=model.device)  # (B,)
     return model(ids, last)[:, 0]
@@ -454,9 +454,9 @@ REWARD_LOSSES = {
 
 def reward_loss(model, pairs, loss, penalty):
     """Loss of each pair times its weight, (B,), and metrics {name: (B,)}. A pair may have
-    real_before and generated_before, the rewards of the round before: what is fitted is the change
-    from these. Else a round would forget what the policy has learned, and undo it. Preferences
-    have none, as they are about the whole reward."""
+    real_before and generated_before, the rewards of the round before: what is fitted, and what the
+    metrics are of, is the change from these. Else a round would forget what the policy has learned,
+    and undo it. Preferences have none, as they are about the whole reward."""
     real = [(pair["prompt_ids"], pair["real_ids"]) for pair in pairs]
     generated = [(pair["prompt_ids"], pair["generated_ids"]) for pair in pairs]
     before = [pair.get(f"{side}_before", 0.0) for side in ("real", "generated") for pair in pairs]
@@ -525,9 +525,8 @@ def policy_loss(policy, rows, fresh):
     logps = response_logps(policy, [(row["prompt_ids"], row["generated_ids"]) for row in rows])  # (B,)
     names = ("logp", "advantage", "reward", "kl", "objective", "length")
     values = {name: logps.new_tensor([row[name] for row in rows]) for name in names}
-    sampled_logps = values.pop("logp")
-    losses = clipped_loss(logps, logps.detach() if fresh else sampled_logps, values.pop("advantage"))
-    return losses, values
+    sampled_logps, advantage = values.pop("logp"), values.pop("advantage")
+    return clipped_loss(logps, logps.detach() if fresh else sampled_logps, advantage), values
 
 
 def improve_policy(policy, reference, reward_model, phase, data, args):
@@ -545,7 +544,7 @@ def improve_policy(policy, reference, reward_model, phase, data, args):
             row["advantage"] = advantage
         for epoch in range(args.ppo_epochs):  # from the second on the samples are an older policy's
             metrics = update(policy, optimizer, rows, partial(policy_loss, fresh=epoch == 0), args)
-        metrics["policy_loss"] = metrics.pop("loss")  # 0 at ratio 1, so there is nothing to see
+        metrics["policy_loss"] = metrics.pop("loss")  # it is 0 at ratio 1, so it is not in PRINTED
         log_step(f"{phase} policy", step, steps, metrics, unprinted, args)
         schedule.step()
 
@@ -607,12 +606,12 @@ def save_merged(model, folder):
         for name in model.all_tied_weights_keys:  # gathered copies no longer share memory
             state.pop(name, None)
         model.config.distributed_config = None  # else the weights would be gathered again, not merged
-        type(model).save_pretrained(model, folder, state_dict=state)
+        type(model).save_pretrained(model, folder, state_dict=state)  # the class's own
 
 
 # ---- 7. The methods -----------------------------------------------------------------------
 def self_play(policy, demos, folder, data, args):
-    """A round's pairs: every demonstration with a response of the policy, and log pi_t of both in
+    """A round's pairs: every demonstration with a response of the policy, pi_t, and log pi_t of both in
     nats, such as {"prompt": "2 + 2", "response": "4", "generated": "5<eos>", "prompt_ids": [7, 3,
     7], "real_ids": [9, 1], "generated_ids": [8, 1], "real_reference": -2.5, "generated_reference":
     -1.5, "answer": None}; the answer is what follows a '####'. FOLDER.jsonl keeps them."""
@@ -627,7 +626,7 @@ def self_play(policy, demos, folder, data, args):
     pairs = []
     for demo, ids, real_logp, generated_logp in zip(demos, responses, logps, logps[len(demos) :]):
         pair = demo | {"generated": data.tokenizer.decode(ids), "generated_ids": ids}
-        # These two numbers are all we need of pi_t, so no reference model stays in memory.
+        # These two numbers are all that a loss needs of pi_t, so no model stays in memory for it.
         pairs.append(pair | {"real_reference": real_logp, "generated_reference": generated_logp})
     write(file, "".join(json.dumps(pair) + "\n" for pair in pairs))
     equal = fmean(pair["real_ids"] == pair["generated_ids"] for pair in pairs)
@@ -639,10 +638,10 @@ def self_play(policy, demos, folder, data, args):
 def predict_habit(pairs, scale, data, args):
     """Print the share of responses with the habit: the model's, the demonstrators', and the predicted one.
     Its log-odds are the model's + (the demonstrators' - the model's) / scale, if responses with the habit
-    differ from the others in nothing else. scale None: the loss or a given shift has no such optimum."""
+    differ from the others in nothing else. scale None: these flags lead to no such optimum."""
     own = habit_share([pair["generated_ids"] for pair in pairs], data, args)
     theirs = habit_share([pair["real_ids"] for pair in pairs], data, args)
-    print(f"  {args.habit!r}, over all prompts: model {own:.1%}, demonstrators {theirs:.1%}", end="")
+    print(f"  {args.habit!r}, pooled over prompts: model {own:.1%}, demonstrators {theirs:.1%}", end="")
     if not scale or args.temperature != 1:
         print("; no prediction from these flags")
     elif not (0 < own < 1 and 0 < theirs < 1):
@@ -670,6 +669,8 @@ def rft_round(start, t, preferences, folder, data, args):
     if args.habit:
         known = args.reward_loss == "logistic" and not preferences  # else r is not log p/pi
         predict_habit(pairs, args.kl if known else None, data, args)
+        if args.reward_penalty:
+            print("  the prediction is for --reward-penalty 0; with one the share moves less")
     reward_folder = folder.with_name(f"round_{t}_reward")
     if not reward_folder.exists():  # else a resumed run has it
         last = folder.with_name(f"round_{t - 1}_reward") if t > 1 else args.reward_model or args.model
@@ -684,6 +685,7 @@ def rft_round(start, t, preferences, folder, data, args):
         reward_model.save_pretrained(reward_folder.with_suffix(".partial"))
         finish(reward_folder, tokenizer)
         del reward_model
+    # Policy, reference, reward: the latter from its file, so that a resumed run has the same.
     models = (policy, load_model(args.model, args), load_reward(reward_folder, data, args)[0])
     problems = (data.dev or data.demos)[:500]  # enough for two digits
     print(f"  before, on {len(problems)} {'dev problems' if data.dev else 'training prompts: no --dev'}")
@@ -718,23 +720,22 @@ def load_policy(start, folder, args):
 
 
 def main(args):
-    """The start model, the chunks or rounds, the baselines; returns the table that summary.json holds."""
+    """Run and evaluate the rounds and the baseline; return the table that summary.json holds."""
     if RANK > 0:  # only the first process prints
         sys.stdout = open(os.devnull, "w", errors="backslashreplace")  # noqa: SIM115
-    irft, parts = args.method == "irft", args.chunks if args.method == "irft" else args.rounds
-    if not irft and args.rounds > 1 and args.kl <= 0.5:
-        # At its optimum a round multiplies the error log pi - log p by 1 - 1/kl.
+    irft, parts = args.method == "irft", args.chunks * args.rounds  # the other method's flag is 1
+    if args.rounds > 1 and args.kl <= 0.5:
         print(f"warning: rounds do not settle at --kl {args.kl}: use --rounds 1 or --kl 1")
     data = read_data(args)  # before the weights, so that mistakes show at once
-    if irft and parts > len(data.demos):
+    if args.chunks > len(data.demos):
         die(f"--chunks {parts}: there are only {len(data.demos)} demonstrations")
-    n = len(data.demos) // (parts if irft else 1)  # demonstrations of a chunk or a round
+    n = len(data.demos) // args.chunks  # demonstrations of a chunk or a round
     steps = args.epochs * math.ceil(n / args.batch)
     shortest = steps if irft else min(args.reward_steps, args.policy_steps)
     of_sft = steps * (3 if args.dev else 1) if args.baseline == "sft" else shortest
     if args.warmup >= min(shortest, of_sft):
         die(f"--warmup {args.warmup}: a stage has no more steps, so its peak would not be reached")
-    preferences = [] if irft else read_preferences(data, args)
+    preferences = [] if irft else read_preferences(data, args)  # tries the reward model, too
     policy = load_model(args.model, args)
     try_model(policy, data.demos)
     print(f"model   {args.model}: {policy.num_parameters():,} parameters, {WORLD} x {policy.device}")
@@ -744,11 +745,8 @@ def main(args):
     args = take_folder(args, f"runs/irft-{args.method}", rows)
     settings, each = f"{args.loss}, scale {args.scale}", f"{steps} steps"
     if not irft:
-        settings, each = (
-            f"kl {args.kl}",
-            f"{args.reward_steps} reward steps, {args.policy_steps} policy steps",
-        )
-        each += f" of {args.policy_batch} x {args.group_size} more"
+        each = f"{args.reward_steps} reward steps, {args.policy_steps} policy steps"
+        settings, each = f"kl {args.kl}", f"{each} of {args.policy_batch} x {args.group_size} more"
     print(f"method  {args.method}, {settings}, results in {args.out}")
     print(f"        {parts} x ({n} responses to sample, {each})")
     out = Path(args.out)
@@ -760,7 +758,7 @@ def main(args):
             table["demos"] = {"habit": habit_share([demo["real_ids"] for demo in data.demos], data, args)}
         evaluate("base", policy, None, table, data, args)  # no seconds; adds a row, saves table
     del policy  # every stage loads the model that it starts from
-    stages = [f"round_{t}" for t in range(1, parts + 1)]
+    stages = [f"round_{t}" for t in range(1, parts + 1)]  # of IRFT a round is a chunk
     stages += ["sft"] if parts and args.baseline == "sft" else []
     start = args.model  # of a round or chunk
     for t, stage in enumerate(stages, 1):

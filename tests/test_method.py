@@ -180,4 +180,4 @@ def test_the_predicted_habit(flags, own, theirs, says, inputs, tokenizer, tmp_pa
     capsys.readouterr()
     with pytest.raises(SystemExit):  # the references are not those of the model, so it does not train
         run(f"--resume {out} --rounds 1")
-    assert re.search(f"'y', over all prompts: .*{says}", capsys.readouterr().out)
+    assert re.search(f"'y', pooled over prompts: .*{says}", capsys.readouterr().out)
