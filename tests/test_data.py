@@ -121,6 +121,7 @@ NO_DEMONSTRATIONS = [  # of these any number is left out
     ({"messages": [user("a"), assistant("b")], "tools": ["f"]}, "tools"),
     ({"prompt": "a", "completion": "go away", "label": False}, "label"),
     ({"prompt": "a", "response": "b", "is_bad": "true"}, "is_bad"),
+    ({"messages": [user("a"), assistant("b") | {"label": 1}], "label": "bad"}, "label"),
     ({"messages": [user("a"), assistant("b") | {"weight": 0}, user("c")]}, "weight"),
     ({"messages": [user("a"), assistant("b") | {"channel": "analysis"}]}, "channel"),
     ({"messages": [user("a"), assistant("b"), {"role": "ipython", "content": "c"}]}, "role.*ipython"),
